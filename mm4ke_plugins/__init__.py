@@ -1,0 +1,14 @@
+"""Model Merging for Knowledge Editing (arXiv 2506.12384) as plugins for the tools people already run.
+
+    rsft.py         Algorithm 1: robust supervised fine-tuning, one visit of one sample
+    delta.py        Equations 5 and 6: the knowledge delta, its top-p entries, its weight
+    layers.py       which parameters are "the FFN of layer n"
+    activation.py   how unmodified hosts find us
+    hosts/          one thin adapter for each host
+    knowedit/       KnowEdit records and EasyEdit's metrics
+    cli.py          the `mm4ke` command
+
+Importing this package imports neither torch nor a host.
+"""
+
+__version__ = "0.1.0"

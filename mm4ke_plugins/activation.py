@@ -1,0 +1,74 @@
+"""How unmodified hosts find us: an import hook, installed by PyTorch's `torch.backends` entry point.
+
+PyTorch (>= 2.5) calls `activate` at the end of `import torch` in every process: commands, torchrun workers, Ray
+workers. It leaves one finder on `sys.meta_path`, which waits for the modules in `hosts.HOSTS` and calls the
+host's adapter right after such a module was executed. Nothing changes until a recipe asks for it.
+
+    MM4KE_PLUGINS=                          (or none) switch all adapters off
+    MM4KE_PLUGINS=llamafactory,mergekit     only these
+    TORCH_DEVICE_BACKEND_AUTOLOAD=0         PyTorch's own switch; it turns us off too
+
+An exception here would break `import torch` for everybody, so whatever fails is a warning.
+"""
+
+import importlib
+import importlib.machinery
+import os
+import sys
+import warnings
+
+from .hosts import HOSTS, Host
+
+# Why a host could not be hooked, by the host's name; `mm4ke doctor` shows it.
+failures: dict[str, str] = {}
+
+
+def enabled_hosts() -> list[Host]:
+    """The hosts that the MM4KE_PLUGINS variable allows: all of them where it is not set."""
+    allowed = os.environ.get("MM4KE_PLUGINS")
+    if allowed is None:
+        return list(HOSTS)
+    names = {name.strip().lower() for name in allowed.split(",")} - {"", "none"}
+    if unknown := names - {host.name for host in HOSTS}:
+        known = ", ".join(host.name for host in HOSTS)
+        warnings.warn(f"MM4KE_PLUGINS: no host is called {', '.join(sorted(unknown))}; there are: {known}, none")
+    return [host for host in HOSTS if host.name in names]
+
+
+def activate() -> None:
+    """Install the import hook. Never raises; calling it again does nothing."""
+    try:
+        if not any(isinstance(finder, SeamFinder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, SeamFinder(enabled_hosts()))
+    except Exception as error:
+        warnings.warn(f"mm4ke_plugins is switched off: {error!r}")
+
+
+class SeamFinder:
+    """Finds the hosts' seam modules as Python would, and has their loader call us after execution."""
+
+    def __init__(self, hosts: list[Host]):
+        self.host_of = {seam: host for host in hosts for seam in host.seams}
+
+    def find_spec(self, name, path=None, target=None):
+        host = self.host_of.get(name)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if host else None
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                call_adapter(host, module)
+
+            # On the instance: the loader keeps its class, so tools that read sources or resources still can.
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def call_adapter(host: Host, module) -> None:
+    """Let the host's adapter register itself in `module`; what goes wrong is a warning and a line in `failures`."""
+    try:
+        importlib.import_module(host.adapter).register(module)
+    except Exception as error:
+        failures[host.name] = f"{module.__name__}: {error!r}"
+        warnings.warn(f"mm4ke_plugins could not hook {host.name}: {failures[host.name]}")

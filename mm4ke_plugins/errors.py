@@ -1,0 +1,33 @@
+"""One kind of error for everything a user can put right.
+
+The message is one line that names the file, the key, the value found and what would be right, for example
+
+    recipes/rsft.yaml: rsft_loss_threshold: -1 is not a loss; give a number above 0 (the paper uses 0.1)
+"""
+
+import sys
+from types import TracebackType
+
+
+class MM4KEError(ValueError):
+    """A mistake in the user's input. `str(error)` is the one line that the user sees."""
+
+
+def report_in_one_line() -> None:
+    """Print an uncaught `MM4KEError` as one line, without its traceback. The exit status stays 1.
+
+    The hosts' commands show every exception with a traceback of dozens of lines, in which a user's typo
+    is hard to find. All other exceptions go to the hook that was installed before. Idempotent.
+    """
+    previous = sys.excepthook
+    if getattr(previous, "is_mm4ke", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, MM4KEError):
+            print(f"mm4ke: error: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, trace)
+
+    hook.is_mm4ke = True
+    sys.excepthook = hook

@@ -1,0 +1,1 @@
+"""KnowEdit's records and EasyEdit's teacher-forced metrics."""
