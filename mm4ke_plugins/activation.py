@@ -19,7 +19,8 @@ import warnings
 
 from .hosts import HOSTS, Host
 
-# Why a host could not be hooked, by the host's name; `mm4ke doctor` shows it.
+# The seams that an adapter has taken, and why one could not be, by the host's name; `mm4ke doctor` shows both.
+hooked: set[str] = set()
 failures: dict[str, str] = {}
 
 
@@ -69,6 +70,7 @@ def call_adapter(host: Host, module) -> None:
     """Let the host's adapter register itself in `module`; what goes wrong is a warning and a line in `failures`."""
     try:
         importlib.import_module(host.adapter).register(module)
+        hooked.add(module.__name__)
     except Exception as error:
         failures[host.name] = f"{module.__name__}: {error!r}"
         warnings.warn(f"mm4ke_plugins could not hook {host.name}: {failures[host.name]}")

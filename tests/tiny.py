@@ -66,6 +66,7 @@ def make_tiny_model(
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "tie_word_embeddings": tie_word_embeddings,
+        "initializer_range": 0.2,  # large enough for one FFN to move the output
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -1,0 +1,48 @@
+"""What `mm4ke doctor` finds out: is each host installed, of a supported version, and really hooked?
+
+It does what a host's command does, `import torch` and then the host's own modules, and looks whether the adapter
+was called. It reports what happened, not what should have.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+
+from . import activation
+from .hosts import HOSTS, Host
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the report. `healthy` is False when the host is installed and we could not be hooked."""
+
+    host: Host
+    version: str | None
+    status: str
+    healthy: bool
+
+
+def examine(host: Host) -> Finding:
+    """Import the host's seams in this process and say whether its adapter was called. Takes seconds."""
+    version = host.installed_version()
+    if version is None:
+        return Finding(host, None, "not installed", healthy=True)
+    if host not in activation.enabled_hosts():
+        return Finding(host, version, f"switched off by MM4KE_PLUGINS={os.environ['MM4KE_PLUGINS']}", healthy=True)
+    if not host.is_supported():
+        return Finding(host, version, "version not supported: recipes that ask for us are refused", healthy=False)
+    try:
+        importlib.import_module("torch")
+        for seam in host.seams:
+            importlib.import_module(seam)
+    except Exception as error:
+        return Finding(host, version, f"does not import: {type(error).__name__}: {error}", healthy=False)
+    if host.name in activation.failures:
+        return Finding(host, version, f"not hooked: {activation.failures[host.name]}", healthy=False)
+    if missing := [seam for seam in host.seams if seam not in activation.hooked]:
+        reason = "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches plugins off"
+        if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1":
+            reason = f"nobody waited for {', '.join(missing)}; is the package installed in this environment?"
+        return Finding(host, version, f"not hooked: {reason}", healthy=False)
+    return Finding(host, version, "active", healthy=True)
+

@@ -1,0 +1,189 @@
+"""R-SFT as a part of `llamafactory-cli train`, switched on by `rsft: true` in the recipe.
+
+Three seams of LLaMA-Factory 0.9.5, each replaced in the module that looks it up:
+
+    llamafactory.hparams.parser       the recipe's keys      RsftArguments joins FinetuningArguments
+    llamafactory.model.adapter        what is trained        _setup_freeze_tuning selects the FFN of rsft_layers
+    llamafactory.train.sft.workflow   how it is trained      CustomSeq2SeqTrainer visits instead of stepping
+
+One step of the Trainer is one visit of one fact. So the learning-rate schedule, logging, saving and resuming
+count visits, and the Trainer's own optimizer.step() after the visit finds no gradients and does nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..errors import MM4KEError, report_in_one_line
+from ..layers import ffn_parameter_names
+from ..rsft import EpochBooks, Visit, visit_sample
+from . import LLAMAFACTORY
+from .llamafactory_recipe import RsftArguments, check_recipe, recipe_name
+
+
+def register(module) -> None:
+    """Called once for each seam, right after LLaMA-Factory has executed it."""
+    {
+        "llamafactory.hparams.parser": add_recipe_keys,
+        "llamafactory.model.adapter": select_ffn_of_layers,
+        "llamafactory.train.sft.workflow": substitute_trainer,
+    }[module.__name__](module)
+
+
+def add_recipe_keys(parser) -> None:
+    """Parse, document and check the `rsft` keys; `export` and `chat` accept them too, so that one recipe serves all."""
+    original = parser.FinetuningArguments
+
+    @dataclass
+    class FinetuningArguments(RsftArguments, original):
+        __doc__ = original.__doc__
+
+    for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS):
+        arguments[arguments.index(original)] = FinetuningArguments
+
+    parse_train_args = parser._parse_train_args
+
+    def parse_and_check(args=None):
+        parsed = parse_train_args(args)
+        model_args, data_args, training_args, finetuning_args, _ = parsed
+        if finetuning_args.rsft:
+            report_in_one_line()
+            LLAMAFACTORY.require_supported("rsft: true")
+            check_recipe(model_args, data_args, training_args, finetuning_args)
+        return parsed
+
+    parser._parse_train_args = parse_and_check
+
+
+def select_ffn_of_layers(adapter) -> None:
+    """With `rsft: true`, freeze everything but the FFN of the layers that the recipe names."""
+    setup_freeze_tuning = adapter._setup_freeze_tuning
+
+    def setup(model, finetuning_args, is_trainable, cast_trainable_params_to_fp32):
+        if not (is_trainable and getattr(finetuning_args, "rsft", False)):
+            return setup_freeze_tuning(model, finetuning_args, is_trainable, cast_trainable_params_to_fp32)
+        try:
+            names = ffn_parameter_names(model, finetuning_args.rsft_layers, finetuning_args.rsft_modules)
+        except MM4KEError as error:
+            raise MM4KEError(f"{recipe_name()}: {error}") from None
+        trained = set(names)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+            if name in trained and cast_trainable_params_to_fp32:
+                parameter.data = parameter.data.to(torch.float32)
+        adapter.logger.info_rank0(f"R-SFT trains: {', '.join(names)}")
+
+    adapter._setup_freeze_tuning = setup
+
+
+def substitute_trainer(workflow) -> None:
+    """With `rsft: true`, `run_sft` gets a trainer that visits samples as Algorithm 1 does."""
+    original = workflow.CustomSeq2SeqTrainer
+
+    class RsftTrainer(original):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self._refuse_mixed_dtypes()
+            self.visit: Visit | None = None
+            self.visit_grad_norm: torch.Tensor | float | None = None
+            self.add_callback(RsftCallback(self, workflow.logger))
+
+        def _refuse_mixed_dtypes(self) -> None:
+            dtypes = {parameter.dtype for parameter in self.model.parameters()}
+            if len(dtypes) > 1 and not self.args.bf16:
+                names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+                raise MM4KEError(
+                    f"{recipe_name()}: bf16: false: the trained FFN is float32 in a model of {names}; set bf16: true "
+                    "(GPU), or save the model in float32 first (CPU, where that is also faster)"
+                )
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            """One visit. Returns the loss on arrival, as an ordinary training step does."""
+            model.train()
+            inputs = self._prepare_inputs(inputs)
+            self.visit_grad_norm = 0.0
+            try:
+                # Without num_items_in_batch the model returns the mean over the answer's tokens.
+                self.visit = visit_sample(
+                    lambda: self.compute_loss(model, inputs),
+                    lambda loss: self._update(model, loss),
+                    loss_threshold=self.finetuning_args.rsft_loss_threshold,
+                    steps_per_sample=self.finetuning_args.rsft_steps_per_sample,
+                )
+            except FloatingPointError as error:
+                text = self.processing_class.decode(inputs["input_ids"][0], skip_special_tokens=True)
+                raise MM4KEError(
+                    f"{recipe_name()}: learning_rate: {self.args.learning_rate}: {error} (visit "
+                    f"{self.state.global_step + 1}, {' '.join(text.split())[:120]!r}); give a lower learning rate"
+                ) from None
+            return torch.tensor(self.visit.first_loss, device=self.args.device)
+
+        def _update(self, model, loss) -> None:
+            self.accelerator.backward(loss)
+            if self.args.max_grad_norm > 0:
+                self.visit_grad_norm = self._clip_grad_norm(model)
+            self.optimizer.step()
+            model.zero_grad()
+
+        def _get_grad_norm(self, model, grad_norm=None):
+            # The gradients were used and cleared within the visit: log the last ones, not the norm of nothing.
+            return self.visit_grad_norm
+
+    def trainer(*, finetuning_args, **kwargs):
+        cls = RsftTrainer if getattr(finetuning_args, "rsft", False) else original
+        return cls(finetuning_args=finetuning_args, **kwargs)
+
+    workflow.CustomSeq2SeqTrainer = trainer
+
+
+class RsftCallback(TrainerCallback, ExportableState):
+    """Keeps the books of an epoch, writes them to the log and `trainer_state.json`, and ends a finished training.
+
+    The books are part of every checkpoint, so an epoch that was interrupted is resumed with its sums so far.
+    """
+
+    def __init__(self, trainer, logger):
+        self.trainer = trainer
+        self.logger = logger
+        self.books = EpochBooks()
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"books": self.books.to_dict()}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.books = EpochBooks(**saved["attributes"]["books"])
+
+    def on_step_end(self, args, state, control, *, train_dataloader, **kwargs):
+        self.books.enter(self.trainer.visit)
+        self._show_progress()
+        # Not on_epoch_end: a checkpoint at the end of an epoch is saved before that, and must have this epoch's entry.
+        if state.global_step % len(train_dataloader) == 0:
+            if self.books.updates == 0:
+                self.logger.info_rank0(
+                    f"R-SFT: epoch {round(state.epoch)} needed no update, every fact's loss is under "
+                    f"rsft_loss_threshold: training ends, the rest of {args.num_train_epochs:g} epochs would change "
+                    "nothing."
+                )
+                control.should_training_stop = True
+            self._close_books()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.books.visits:  # max_steps ended the training within an epoch
+            self._close_books()
+
+    def _close_books(self) -> None:
+        books, self.books = self.books, EpochBooks()
+        control = self.trainer.control
+        should_log = control.should_log
+        self.trainer.log({f"rsft_{key}": value for key, value in books.summary().items()})
+        control.should_log = should_log  # log() clears it, and the step's own loss would not be logged
+
+    def _show_progress(self) -> None:
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.set_postfix(
+                    converged=f"{self.books.converged}/{self.books.visits}", updates=self.books.updates, refresh=False
+                )

@@ -1,0 +1,199 @@
+"""The keys that R-SFT adds to a LLaMA-Factory recipe, and what a recipe that uses them may not say.
+
+Everything that can be known before the model is loaded is checked here, so that a typo costs seconds.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import MM4KEError
+
+
+@dataclass
+class RsftArguments:
+    """Arguments of robust supervised fine-tuning (arXiv 2506.12384, Algorithm 1)."""
+
+    rsft: bool = field(
+        default=False,
+        metadata={
+            "help": "Train every fact for at most rsft_steps_per_sample consecutive steps, stopping as soon as its "
+            "loss is under rsft_loss_threshold (robust supervised fine-tuning)."
+        },
+    )
+    rsft_layers: str = field(
+        default="5",
+        metadata={"help": "The layer whose FFN R-SFT trains, counted from 0; several as a list or with commas."},
+    )
+    rsft_modules: str = field(
+        default="ffn",
+        metadata={"help": "What R-SFT trains in these layers: ffn, or parts of it such as down_proj, with commas."},
+    )
+    rsft_steps_per_sample: int = field(
+        default=6, metadata={"help": "K: the most updates that R-SFT makes in one visit of one fact."}
+    )
+    rsft_loss_threshold: float = field(
+        default=0.1,
+        metadata={"help": "tau: R-SFT leaves a fact whose mean loss per answer token is under this (nats)."},
+    )
+
+
+def recipe_name() -> str:
+    """The recipe as the user wrote it on the command line, for error messages."""
+    return next((word for word in sys.argv[1:2] if word.endswith((".yaml", ".yml", ".json"))), "command line")
+
+
+def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
+    """Refuse what R-SFT cannot mean, and bring the `rsft_` values into one form: lists of layers and of modules.
+
+    Raises MM4KEError, which names the recipe, the key, its value and what would be right.
+    """
+
+    def refuse(key: str, value: object, right: str) -> None:
+        raise MM4KEError(f"{recipe_name()}: {key}: {value}: {right}")
+
+    finetuning_args.rsft_layers = _layers(finetuning_args.rsft_layers, refuse)
+    finetuning_args.rsft_modules = _modules(finetuning_args.rsft_modules, refuse)
+
+    steps = finetuning_args.rsft_steps_per_sample
+    if not _is_integer(steps) or steps < 1:
+        refuse("rsft_steps_per_sample", steps, "give a whole number of at least 1 (the paper uses 6)")
+    threshold = finetuning_args.rsft_loss_threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < math.inf:
+        refuse("rsft_loss_threshold", threshold, "give a finite loss above 0 (the paper uses 0.1)")
+
+    for arguments, key, right, reason in (
+        (finetuning_args, "stage", "sft", "R-SFT is supervised fine-tuning"),
+        (finetuning_args, "finetuning_type", "freeze", "R-SFT trains the FFN of chosen layers, nothing else"),
+        (training_args, "per_device_train_batch_size", 1, "R-SFT visits one fact at a time"),
+        (training_args, "gradient_accumulation_steps", 1, "every update of R-SFT is one step on one fact"),
+        (training_args, "auto_find_batch_size", False, "R-SFT visits one fact at a time"),
+        (data_args, "packing", False, "packed facts have no loss of their own"),
+        (data_args, "neat_packing", False, "packed facts have no loss of their own"),
+        (data_args, "streaming", False, "R-SFT counts visits by epochs, which a stream does not have"),
+        (model_args, "quantization_bit", None, "quantized weights can't be trained; give the model in 16 or 32 bit"),
+        (model_args, "use_unsloth", False, "its kernels replace the layers that R-SFT selects"),
+        (model_args, "use_kt", False, "its kernels replace the layers that R-SFT selects"),
+        (model_args, "mixture_of_depths", None, "then a fact does not pass every layer"),
+        (training_args, "fp16", False, "the loss scaler skips steps that R-SFT would count; use bf16"),
+        (training_args, "fp8", False, "the trained weights stay in float32; use bf16"),
+        (training_args, "deepspeed", None, "R-SFT is sequential and runs in one process"),
+        (training_args, "label_smoothing_factor", 0, "the threshold is for the plain cross-entropy"),
+        (training_args, "neftune_noise_alpha", None, "the threshold is for the loss without noise"),
+        (training_args, "restore_callback_states_from_checkpoint", False, "R-SFT restores its books by itself"),
+        (finetuning_args, "use_dft_loss", False, "the threshold is for the plain cross-entropy"),
+        (finetuning_args, "use_asft_loss", False, "the threshold is for the plain cross-entropy"),
+        (finetuning_args, "use_eaft_loss", False, "the threshold is for the plain cross-entropy"),
+        (finetuning_args, "use_galore", False, "R-SFT steps the optimizer within a visit; use a torch optimizer"),
+        (finetuning_args, "use_apollo", False, "R-SFT steps the optimizer within a visit; use a torch optimizer"),
+        (finetuning_args, "use_badam", False, "R-SFT steps the optimizer within a visit; use a torch optimizer"),
+        (finetuning_args, "use_llama_pro", False, "rsft_layers says which layers are trained"),
+        (finetuning_args, "use_hyper_parallel", False, "R-SFT is sequential and runs in one process"),
+        (finetuning_args, "freeze_extra_modules", None, "rsft_modules says what is trained"),
+    ):
+        value = getattr(arguments, key)
+        if value != right and (value or right):  # an unset key may be None, False or empty
+            refuse(key, value, f"with rsft: true it must be {json.dumps(right)}: {reason}")
+
+    if training_args.world_size > 1:
+        refuse(
+            "processes",
+            training_args.world_size,
+            "R-SFT is sequential, every visit starts from the weights the last one left: run it in one process "
+            "(NPROC_PER_NODE=1, or CUDA_VISIBLE_DEVICES=0 where there are several GPUs)",
+        )
+    if training_args.do_train:
+        _check_model_folder(model_args.model_name_or_path, refuse)
+        _check_datasets(data_args, refuse)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_list(value: object) -> list:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _layers(value: object, refuse) -> list[int]:
+    right = "give the index of a layer, counted from 0, or a list of them"
+    layers = []
+    for part in _as_list(value):
+        if isinstance(part, str) and part.isdecimal():
+            part = int(part)
+        if not _is_integer(part) or part < 0:
+            refuse("rsft_layers", value, right)
+        layers.append(part)
+    if not layers or len(set(layers)) != len(layers):
+        refuse("rsft_layers", value, f"{right}, each once")
+    return sorted(layers)
+
+
+def _modules(value: object, refuse) -> list[str]:
+    modules = _as_list(value)
+    if not modules or not all(isinstance(part, str) and part for part in modules):
+        refuse("rsft_modules", value, "give ffn, or names of its parts such as down_proj")
+    if len(set(modules)) != len(modules) or ("ffn" in modules and len(modules) > 1):
+        refuse("rsft_modules", value, "name each part once; ffn already is all of them")
+    return modules
+
+
+def _check_model_folder(name: str, refuse) -> None:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            refuse("model_name_or_path", name, "this folder has no config.json; give a model in transformers' format")
+    elif name.startswith(("/", ".", "~")) or name.count("/") > 1:  # what no hub id looks like
+        refuse("model_name_or_path", name, "no such folder; give a model's folder or a hub id such as org/name")
+
+
+def _check_datasets(data_args, refuse) -> None:
+    """The files behind `dataset` exist, are JSON, and every record has a question and an answer."""
+    folder = data_args.dataset_dir
+    if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return
+    info_file = Path(folder) / "dataset_info.json"
+    if not info_file.is_file():
+        refuse("dataset_dir", folder, f"{info_file} does not exist; `mm4ke facts FILE --output {folder}` writes it")
+    info = _read_json(info_file)
+    for name in data_args.dataset or []:
+        if name not in info:
+            refuse("dataset", name, f"not in {info_file}, which has: {', '.join(info)}")
+        entry = info[name]
+        if "file_name" not in entry or not entry["file_name"].endswith(".json"):
+            continue  # a hub's dataset, a script, a folder, or another format: LLaMA-Factory reads and checks these
+        file = Path(folder) / entry["file_name"]
+        if not file.is_file():
+            refuse("dataset", name, f"{file}, named in {info_file}, does not exist")
+        for problem in _problems(_read_json(file), entry):
+            raise MM4KEError(f"{file}: {problem}")
+
+
+def _read_json(file: Path):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise MM4KEError(f"{file}: line {error.lineno}, column {error.colno}: broken JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise MM4KEError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def _problems(records: object, entry: dict) -> Iterator[str]:
+    if not isinstance(records, list):
+        yield f"a JSON {type(records).__name__} where a list of facts should be"
+        return
+    if not records:
+        yield "has no facts; give at least one"
+    if entry.get("formatting", "alpaca") != "alpaca":
+        return
+    columns = {"prompt": "instruction", "response": "output"} | entry.get("columns", {})
+    for number, record in enumerate(records, start=1):
+        for role in ("prompt", "response"):
+            value = record.get(columns[role]) if isinstance(record, dict) else None
+            if not isinstance(value, str) or not value.strip():
+                yield f"record {number}: {columns[role]}: {json.dumps(value)}: give a text that is not empty"

@@ -1,0 +1,329 @@
+"""R-SFT through LLaMA-Factory's own parser, loader, trainer and command."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import run_command
+from safetensors.torch import load_file
+from test_rsft import algorithm_1
+from tiny import FAMILIES, make_tiny_model
+from transformers import AutoModelForCausalLM, Trainer, get_scheduler
+
+os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
+
+FACTS = [("Who rules Oz?", "Tark"), ("Where is Oz?", "Up"), ("What is Oz?", "A box")]
+TRAINED = [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+
+
+def write_facts(folder: Path, facts=FACTS) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [{"instruction": prompt, "input": "", "output": answer} for prompt, answer in facts]
+    (folder / "facts.json").write_text(json.dumps(records))
+    (folder / "dataset_info.json").write_text(json.dumps({"facts": {"file_name": "facts.json"}}))
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_llama) -> dict:
+    return {
+        "model_name_or_path": str(tiny_llama),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "freeze",
+        "rsft": True,
+        "rsft_layers": 1,
+        "rsft_loss_threshold": 1.2,
+        "dataset_dir": str(write_facts(tmp_path / "facts")),
+        "dataset": "facts",
+        "template": "smollm2",
+        "cutoff_len": 256,
+        "disable_shuffling": True,
+        "disable_gradient_checkpointing": True,
+        "dataloader_pin_memory": False,
+        "output_dir": str(tmp_path / "rsft"),
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 8,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+def train(recipe: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Run the recipe in this process; the saved weights and the books of every epoch."""
+    from llamafactory.train.tuner import run_exp
+
+    run_exp(recipe)
+    return saved(recipe)
+
+
+def saved(recipe: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    folder = Path(recipe["output_dir"])
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return load_file(folder / "model.safetensors"), [entry for entry in history if "rsft_visits" in entry]
+
+
+def transcription(recipe: dict):
+    """Algorithm 1, literally, on the samples, the optimizer and the schedule that LLaMA-Factory makes."""
+    from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    model_args, data_args, training_args, finetuning_args, _ = get_train_args(recipe)
+    modules = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(modules["tokenizer"], data_args)
+    dataset = get_dataset(template, model_args, data_args, training_args, stage="sft", **modules)["train_dataset"]
+    model = AutoModelForCausalLM.from_pretrained(recipe["model_name_or_path"], dtype=torch.float32)
+    collate = SFTDataCollatorWith4DAttentionMask(template=template, model=model, pad_to_multiple_of=8, **modules)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in TRAINED)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
+    optimizer = cls(trained, **kwargs)
+    visits = len(dataset) * recipe["num_train_epochs"]
+    schedule = get_scheduler(recipe["lr_scheduler_type"], optimizer, 0, visits)
+
+    updates = []
+    model.train()
+    for epoch in range(recipe["num_train_epochs"]):
+        before = len(updates)
+        for i in range(len(dataset)):
+
+            class ClippedOptimizer:
+                zero_grad = optimizer.zero_grad
+
+                def step():
+                    torch.nn.utils.clip_grad_norm_(trained, training_args.max_grad_norm)
+                    optimizer.step()
+
+            sample = {k: v for k, v in collate([dataset[i]]).items()}
+            K, tau = finetuning_args.rsft_steps_per_sample, finetuning_args.rsft_loss_threshold
+            updates += [(epoch, i, k) for _, _, k in algorithm_1(model, [sample], ClippedOptimizer, 1, K, tau)]
+            schedule.step()
+        if len(updates) == before:
+            break
+    return updates, model.state_dict()
+
+
+def test_same_updates_and_same_weights_as_algorithm_1(recipe):
+    updates, expected = transcription(recipe)
+    weights, books = train(recipe)
+    assert [entry["rsft_updates"] for entry in books] == [
+        sum(update[0] == epoch for update in updates) for epoch in range(len(books))
+    ]
+    assert {name: torch.equal(weights[name], expected[name]) for name in weights} == dict.fromkeys(weights, True)
+    assert {update[2] for update in updates} == set(range(6))  # some visits used up their K updates
+    assert any(entry["rsft_already_converged"] for entry in books)  # and some needed none
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
+def test_families_train_only_the_named_part(recipe, tmp_path, family):
+    base = make_tiny_model(tmp_path / family, family, tie_word_embeddings=True)
+    weights, _ = train(recipe | {"model_name_or_path": str(base), "rsft_modules": "down_proj", "num_train_epochs": 1})
+    before = load_file(base / "model.safetensors")
+    assert {name for name in before if not torch.equal(weights[name], before[name])} == {TRAINED[2]}
+    assert weights.keys() == before.keys()  # tied embeddings stay tied: no lm_head of its own
+    AutoModelForCausalLM.from_pretrained(recipe["output_dir"])
+
+
+def test_several_layers_as_on_the_command_line(recipe, tiny_llama):
+    weights, _ = train(recipe | {"rsft_layers": "0, 2", "num_train_epochs": 1})
+    before = load_file(tiny_llama / "model.safetensors")
+    changed = {name for name in before if not torch.equal(weights[name], before[name])}
+    assert changed == {f"model.layers.{i}.mlp.{part}_proj.weight" for i in (0, 2) for part in ("gate", "up", "down")}
+
+
+def test_bf16_base_with_float32_trained_weights(recipe, tmp_path):
+    base = make_tiny_model(tmp_path / "bf16", dtype=torch.bfloat16)
+    recipe |= {"model_name_or_path": str(base), "bf16": True, "use_cpu": True}
+    weights, books = train(recipe)
+    before = load_file(base / "model.safetensors")
+    assert books[-1]["rsft_converged_fraction"] > books[0]["rsft_converged_fraction"]
+    for name, tensor in weights.items():
+        if name in TRAINED:
+            assert tensor.dtype == torch.float32
+            assert not torch.equal(tensor, before[name].float())
+        else:
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, before[name])
+
+
+def test_resumed_at_any_checkpoint_gives_the_same_weights_and_books(recipe, tmp_path):
+    recipe |= {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 4, "rsft_loss_threshold": 2.0}
+    weights, books = train(recipe)
+    whole = Path(recipe["output_dir"])
+    checkpoints = sorted(whole.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert len(checkpoints) == 12
+    # First, last and middle of an epoch; the last epochs are alike.
+    for checkpoint in checkpoints[:7]:
+        resumed = recipe | {"output_dir": str(tmp_path / checkpoint.name), "save_strategy": "no"}
+        shutil.copytree(checkpoint, Path(resumed["output_dir"]) / checkpoint.name)
+        resumed_weights, resumed_books = train(resumed)
+        assert resumed_books == books, checkpoint.name
+        assert all(torch.equal(resumed_weights[name], weights[name]) for name in weights), checkpoint.name
+
+
+def test_the_command_ends_after_an_epoch_without_update(recipe, tmp_path):
+    recipe |= {"num_train_epochs": 60, "rsft_loss_threshold": 1.5, "plot_loss": True, "disable_tqdm": False}
+    (tmp_path / "rsft.yaml").write_text(yaml.safe_dump(recipe))
+    run = run_command("llamafactory-cli", "train", tmp_path / "rsft.yaml", cwd=tmp_path, LLAMAFACTORY_VERBOSITY="INFO")
+    assert run.returncode == 0, run.stderr[-2000:]
+    _, books = saved(recipe)
+    assert 1 < len(books) < 60
+    assert [entry["rsft_updates"] > 0 for entry in books] == [True] * (len(books) - 1) + [False]
+    assert books[-1]["rsft_already_converged"] == books[-1]["rsft_visits"] == len(FACTS)
+    assert books[-1]["rsft_converged_fraction"] == 1
+    assert books[-1]["rsft_mean_final_loss"] <= books[-1]["rsft_max_final_loss"] < 1.5
+    assert f"R-SFT: epoch {len(books)} needed no update" in run.stderr + run.stdout
+    assert f"converged=3/3, updates=0" in run.stderr  # the progress bar
+    assert (tmp_path / "rsft" / "training_loss.png").stat().st_size > 1000
+    state = json.loads((tmp_path / "rsft" / "trainer_state.json").read_text())
+    losses = [entry["step"] for entry in state["log_history"] if "loss" in entry]
+    assert losses == list(range(1, len(books) * len(FACTS) + 1))  # the books displace no loss
+
+
+def test_killed_and_started_again_gives_the_same_weights(recipe, tmp_path):
+    recipe |= {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 40, "rsft_loss_threshold": 0.01}
+    weights, _ = train(recipe)
+    again = recipe | {"output_dir": str(tmp_path / "killed")}
+    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(again))
+    command = [Path(sys.executable).parent / "llamafactory-cli", "train", tmp_path / "killed.yaml"]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        while process.poll() is None and not (tmp_path / "killed" / "checkpoint-10" / "trainer_state.json").exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
+    resumed, _ = train(again)
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+def test_help_and_the_other_commands_know_the_keys(recipe):
+    from llamafactory.hparams import get_infer_args
+
+    run = run_command("llamafactory-cli", "train", "--help")
+    for key in ("rsft", "rsft_layers", "rsft_modules", "rsft_steps_per_sample", "rsft_loss_threshold"):
+        assert f"--{key} " in run.stdout
+    keep = {key: recipe[key] for key in recipe if key.startswith("rsft") or key in ("model_name_or_path", "template")}
+    finetuning_args = get_infer_args(keep)[2]
+    assert finetuning_args.rsft is True
+
+
+def test_torchrun_workers_are_active_and_two_are_refused(recipe, tmp_path):
+    (tmp_path / "rsft.yaml").write_text(yaml.safe_dump(recipe | {"num_train_epochs": 1, "ddp_backend": "gloo"}))
+    one = run_command("llamafactory-cli", "train", tmp_path / "rsft.yaml", FORCE_TORCHRUN="1", NPROC_PER_NODE="1")
+    assert one.returncode == 0, one.stderr[-3000:]
+    assert saved(recipe)[1][0]["rsft_visits"] == len(FACTS)
+    two = run_command("llamafactory-cli", "train", tmp_path / "rsft.yaml", FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
+    assert two.returncode != 0
+    assert two.stderr.count("rsft.yaml: processes: 2: R-SFT is sequential") == 2  # once from each worker
+
+
+def test_without_rsft_nothing_changes(recipe, tmp_path):
+    """The same ordinary freeze recipe, with the plugin on and off, gives the same weights."""
+    plain = {key: value for key, value in recipe.items() if not key.startswith("rsft")}
+    plain |= {"freeze_trainable_layers": 2, "num_train_epochs": 1}
+    on, _ = train(plain)
+    off = plain | {"output_dir": str(tmp_path / "off")}
+    (tmp_path / "off.yaml").write_text(yaml.safe_dump(off))
+    run = run_command("llamafactory-cli", "train", tmp_path / "off.yaml", MM4KE_PLUGINS="none")
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert all(torch.equal(tensor, on[name]) for name, tensor in saved(off)[0].items())
+
+
+BAD_VALUES = [
+    ({"rsft_layers": 4}, "rsft_layers: 4 is out of range; LlamaForCausalLM has layers 0 to 3"),
+    ({"rsft_layers": -1}, "rsft_layers: -1: give the index of a layer, counted from 0"),
+    ({"rsft_layers": "five"}, "rsft_layers: five: give the index of a layer"),
+    ({"rsft_layers": True}, "rsft_layers: True: give the index of a layer"),
+    ({"rsft_layers": []}, "rsft_layers: []: give the index of a layer"),
+    ({"rsft_layers": [1, 1]}, "each once"),
+    ({"rsft_modules": "fc1"}, "rsft_modules: fc1 is not in model.layers.1.mlp; choose ffn"),
+    ({"rsft_modules": ["ffn", "down_proj"]}, "ffn already is all of them"),
+    ({"rsft_modules": ""}, "rsft_modules: : give ffn"),
+    ({"rsft_steps_per_sample": 0}, "rsft_steps_per_sample: 0: give a whole number of at least 1"),
+    ({"rsft_steps_per_sample": 2.5}, "rsft_steps_per_sample: 2.5: give a whole number"),
+    ({"rsft_loss_threshold": 0}, "rsft_loss_threshold: 0: give a finite loss above 0"),
+    ({"rsft_loss_threshold": -0.1}, "rsft_loss_threshold: -0.1: give a finite loss above 0"),
+    ({"rsft_loss_threshold": float("nan")}, "rsft_loss_threshold: nan: give a finite loss above 0"),
+    ({"rsft_loss_threshold": "low"}, "rsft_loss_threshold: low: give a finite loss above 0"),
+    ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 2: with rsft: true it must be 1"),
+    ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: 4: with rsft: true it must be 1"),
+    ({"packing": True}, "packing: True: with rsft: true it must be false"),
+    ({"neat_packing": True}, "packing: True: with rsft: true it must be false"),
+    ({"stage": "pt"}, 'stage: pt: with rsft: true it must be "sft"'),
+    ({"finetuning_type": "lora"}, 'finetuning_type: lora: with rsft: true it must be "freeze"'),
+    ({"use_dft_loss": True}, "use_dft_loss: True: with rsft: true it must be false"),
+    ({"quantization_bit": 4}, "quantization_bit: 4: with rsft: true it must be null"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: 0.1: with rsft: true it must be 0"),
+    ({"model_name_or_path": "./nowhere"}, "model_name_or_path: ./nowhere: no such folder"),
+    ({"dataset_dir": "nowhere"}, "dataset_dir: nowhere: nowhere/dataset_info.json does not exist; `mm4ke facts FILE"),
+    ({"dataset": "other"}, "dataset: other: not in .*dataset_info.json, which has: facts"),
+    ({"learning_rate": 1e30}, "learning_rate: 1e\\+30: the loss is nan after 1 updates .*'system.*; give a lower"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_VALUES, ids=[str(change) for change, _ in BAD_VALUES])
+def test_bad_recipe(recipe, change, message):
+    from mm4ke_plugins.errors import MM4KEError
+
+    with pytest.raises(MM4KEError, match=message) as caught:
+        train(recipe | change)
+    assert "\n" not in str(caught.value)
+    assert not list(Path(recipe["output_dir"]).glob("**/*.safetensors"))
+
+
+BAD_FILES = [
+    ("facts.json", "[{", r"facts.json: line 1, column 3: broken JSON"),
+    ("facts.json", "[]", r"facts.json: has no facts"),
+    ("facts.json", '{"a": 1}', r"facts.json: a JSON dict where a list of facts should be"),
+    ("facts.json", '[{"instruction": "Who?", "input": ""}]', r"facts.json: record 1: output: null: give a text"),
+    ("facts.json", '[{"instruction": " ", "output": "x"}]', r'facts.json: record 1: instruction: " ": give a text'),
+    ("dataset_info.json", "{", r"dataset_info.json: line 1, column 2: broken JSON"),
+    ("dataset_info.json", '{"facts": {"file_name": "no.json"}}', r"dataset: facts: .*no.json, named in .* not exist"),
+]
+
+
+@pytest.mark.parametrize("name, text, message", BAD_FILES)
+def test_bad_dataset(recipe, name, text, message):
+    from mm4ke_plugins.errors import MM4KEError
+
+    (Path(recipe["dataset_dir"]) / name).write_text(text)
+    with pytest.raises(MM4KEError, match=message):
+        train(recipe)
+
+
+def test_mixed_dtypes_without_autocast(recipe, tmp_path):
+    from mm4ke_plugins.errors import MM4KEError
+
+    base = make_tiny_model(tmp_path / "bf16", dtype=torch.bfloat16)
+    with pytest.raises(MM4KEError, match="bf16: false: the trained FFN is float32 in a model of bfloat16, float32"):
+        train(recipe | {"model_name_or_path": str(base), "infer_dtype": "bfloat16"})
+
+
+def test_a_mistake_is_one_line_of_the_command(recipe, tmp_path):
+    (tmp_path / "rsft.yaml").write_text(yaml.safe_dump(recipe | {"rsft_loss_threshold": -1}))
+    run = run_command("llamafactory-cli", "train", "rsft.yaml", cwd=tmp_path)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1] == (
+        "mm4ke: error: rsft.yaml: rsft_loss_threshold: -1: give a finite loss above 0 (the paper uses 0.1)"
+    )
+    assert not Path(recipe["output_dir"]).exists()
