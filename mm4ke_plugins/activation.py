@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 
-from .hosts import HOSTS, Host
+from .hosts import HOSTS, LLAMAFACTORY, Host
 
 # The seams that an adapter has taken, and why one could not be, by the host's name; `mm4ke doctor` shows both.
 hooked: set[str] = set()
@@ -68,9 +68,18 @@ class SeamFinder:
 
 def call_adapter(host: Host, module) -> None:
     """Let the host's adapter register itself in `module`; what goes wrong is a warning and a line in `failures`."""
+    if module.__name__ in hooked:
+        return
     try:
         importlib.import_module(host.adapter).register(module)
         hooked.add(module.__name__)
     except Exception as error:
         failures[host.name] = f"{module.__name__}: {error!r}"
         warnings.warn(f"mm4ke_plugins could not hook {host.name}: {failures[host.name]}")
+
+
+def hook_llamafactory() -> None:
+    """For a LLaMA-Factory that loads the entry-point group `llamafactory.plugins`: register at once, without a hook."""
+    if LLAMAFACTORY in enabled_hosts():
+        for seam in LLAMAFACTORY.seams:
+            call_adapter(LLAMAFACTORY, importlib.import_module(seam))

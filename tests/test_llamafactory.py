@@ -97,25 +97,24 @@ def transcription(recipe: dict):
         parameter.requires_grad_(name in TRAINED)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
-    optimizer = cls(trained, **kwargs)
+    optimizer = cls(trained, **kwargs, weight_decay=training_args.weight_decay)
     visits = len(dataset) * recipe["num_train_epochs"]
     schedule = get_scheduler(recipe["lr_scheduler_type"], optimizer, 0, visits)
 
+    class ClippedOptimizer:
+        zero_grad = optimizer.zero_grad
+
+        def step():
+            torch.nn.utils.clip_grad_norm_(trained, training_args.max_grad_norm)
+            optimizer.step()
+
+    K, tau = finetuning_args.rsft_steps_per_sample, finetuning_args.rsft_loss_threshold
     updates = []
     model.train()
     for epoch in range(recipe["num_train_epochs"]):
         before = len(updates)
         for i in range(len(dataset)):
-
-            class ClippedOptimizer:
-                zero_grad = optimizer.zero_grad
-
-                def step():
-                    torch.nn.utils.clip_grad_norm_(trained, training_args.max_grad_norm)
-                    optimizer.step()
-
-            sample = {k: v for k, v in collate([dataset[i]]).items()}
-            K, tau = finetuning_args.rsft_steps_per_sample, finetuning_args.rsft_loss_threshold
+            sample = dict(collate([dataset[i]]))
             updates += [(epoch, i, k) for _, _, k in algorithm_1(model, [sample], ClippedOptimizer, 1, K, tau)]
             schedule.step()
         if len(updates) == before:
@@ -253,7 +252,7 @@ BAD_VALUES = [
     ({"rsft_layers": -1}, "rsft_layers: -1: give the index of a layer, counted from 0"),
     ({"rsft_layers": "five"}, "rsft_layers: five: give the index of a layer"),
     ({"rsft_layers": True}, "rsft_layers: True: give the index of a layer"),
-    ({"rsft_layers": []}, "rsft_layers: []: give the index of a layer"),
+    ({"rsft_layers": []}, r"rsft_layers: \[\]: give the index of a layer"),
     ({"rsft_layers": [1, 1]}, "each once"),
     ({"rsft_modules": "fc1"}, "rsft_modules: fc1 is not in model.layers.1.mlp; choose ffn"),
     ({"rsft_modules": ["ffn", "down_proj"]}, "ffn already is all of them"),
