@@ -1,0 +1,337 @@
+"""What editing did: the base model, the R-SFT model and the merged one side by side.
+
+    what they answer    five facts, asked freely in the chat template
+    how they score      EasyEdit's metrics in both prompt formats, and perplexity on `neutral_text.txt`
+    what changed        which tensors differ from the base's on disk, and by how many parameters
+"""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from .errors import MM4KEError
+from .knowedit.metrics import (
+    METRICS,
+    PROMPT_FORMATS,
+    answer,
+    encode,
+    mean_scores,
+    perplexity,
+    predict,
+    question_scores,
+    questions_of,
+)
+from .knowedit.records import read_records
+
+TITLES = {"base": "base", "rsft": "R-SFT", "merged": "merged"}
+FORMAT_TITLES = {"raw": "raw prompts", "chat": "chat template"}
+FACTS_SHOWN = 5
+NAMES_SHOWN = 12
+
+
+def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None = None) -> dict[str, Any]:
+    """Score three checkpoints of one model on the records of `facts`, or the first `limit`. Each is loaded once.
+
+    Float32 on a CPU, bfloat16 on a GPU. All three read the base's tokens. Shows its progress on stderr.
+
+    Returns, ready for JSON (see `write_report`):
+        facts, records  the file, and how many of its records were read
+        precision       such as "float32 on cpu"
+        models          for each of base, rsft and merged: folder, scores[prompt format][metric] (0 to 1, None
+                        where no record has such probes), perplexity, disk (see `disk_change`)
+        answers         for the first facts: prompt, target_new and each model's free answer
+        questions       each question, with scores[prompt format][model]
+
+    Raises MM4KEError: a folder is missing, holds no model, is damaged, or is of another model (shapes, vocabulary)
+    than the base; the base has no chat template; what `read_records` raises.
+    """
+    folders = {"base": base, "rsft": rsft, "merged": merged}
+    records = read_records(facts, limit)
+    questions = questions_of(records)
+    tokenizer = _common_tokenizer(folders)
+    codes = {form: [encode(tokenizer, question, form) for question in questions] for form in PROMPT_FORMATS}
+    text = (files(__package__) / "neutral_text.txt").read_text(encoding="utf-8")
+    prompts = [record.prompt for record in records[:FACTS_SHOWN]]
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    models: dict[str, dict[str, Any]] = {}
+    predicted: dict[str, dict[str, list[list[int]]]] = {}
+    columns = (
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(folders) * (len(PROMPT_FORMATS) * len(questions) + 4))
+
+        def begin(key: str, stage: str) -> Callable[[int], None]:
+            progress.update(task, description=f"{TITLES[key]}: {stage}")
+            return lambda count=1: progress.advance(task, count)
+
+        # Damaged files and other shapes are found here, before the long work.
+        for key, folder in folders.items():
+            done = begin(key, "reading the files")
+            models[key] = {"folder": str(folder), "disk": disk_change(base, folder)}
+            done()
+        for key, folder in folders.items():
+            done = begin(key, "loading")
+            model = load_model(folder, dtype, device)
+            done()
+            predicted[key] = {
+                form: predict(model, codes[form], advance=begin(key, FORMAT_TITLES[form])) for form in PROMPT_FORMATS
+            }
+            done = begin(key, "perplexity")
+            models[key]["perplexity"] = perplexity(model, tokenizer, text)
+            done()
+            done = begin(key, "free answers")
+            models[key]["answers"] = answer(model, tokenizer, prompts)
+            done()
+
+    scores = {
+        form: {
+            key: question_scores(questions, codes[form], predicted[key][form], predicted["base"][form])
+            for key in folders
+        }
+        for form in PROMPT_FORMATS
+    }
+    for key, model in models.items():
+        model["scores"] = {form: mean_scores(questions, scores[form][key]) for form in PROMPT_FORMATS}
+    answers = {key: model.pop("answers") for key, model in models.items()}
+    return {
+        "facts": str(facts),
+        "records": len(records),
+        "precision": f"{str(dtype).removeprefix('torch.')} on {device}",
+        "models": models,
+        "answers": [
+            {"prompt": record.prompt, "target_new": record.target_new, **{key: answers[key][row] for key in folders}}
+            for row, record in enumerate(records[:FACTS_SHOWN])
+        ],
+        "questions": [
+            asdict(question)
+            | {"scores": {form: {key: scores[form][key][row] for key in folders} for form in PROMPT_FORMATS}}
+            for row, question in enumerate(questions)
+        ],
+    }
+
+
+# ---- the folders ----
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The folder's model in evaluation mode. Raises MM4KEError when it can't be read or tensors are missing."""
+    transformers_logging.disable_progress_bar()  # there is one bar for everything
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise MM4KEError(f"{folder}: transformers can't load this model: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise MM4KEError(f"{folder}: the model lacks {len(names)} tensors, for example {names[0]}; save it again")
+    return model.to(device).eval()
+
+
+def disk_change(base: Path, folder: Path) -> dict[str, Any]:
+    """How the tensors saved in `folder` differ from those in `base`; one tensor of each is in memory at a time.
+
+    Returns tensors and parameters (how many there are), changed_tensors (their names), changed_parameters (how
+    many entries differ), bytes (of all files in the folder itself; those of sub-folders, such as a training's
+    checkpoints, are not counted). An entry differs when the base's value, cast to the folder's dtype, is another.
+    A tensor that the base lacks counts as changed.
+
+    Raises MM4KEError, naming the file or the tensor, for unreadable files and for other shapes than the base's.
+    """
+    with ExitStack() as stack:
+        before, after = _open_tensors(base, stack), _open_tensors(folder, stack)
+        parameters, changed = 0, {}
+        for name, file in after.items():
+            tensor = file.get_tensor(name)
+            parameters += tensor.numel()
+            if name not in before:
+                changed[name] = tensor.numel()
+                continue
+            original = before[name].get_tensor(name)
+            if original.shape != tensor.shape:
+                raise MM4KEError(
+                    f"{folder}: {name} is {_shape(tensor)}, in {base} it is {_shape(original)}; "
+                    "compare models that were made from this base"
+                )
+            if count := int((original.to(tensor.dtype) != tensor).sum()):
+                changed[name] = count
+    return {
+        "tensors": len(after),
+        "parameters": parameters,
+        "changed_tensors": sorted(changed),
+        "changed_parameters": sum(changed.values()),
+        "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+    }
+
+
+def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
+    """The open safetensors file of each tensor of a model folder, by the tensor's name."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MM4KEError(f"{index}: not an index of safetensors files: {_first_line(error)}") from error
+    tensors = {}
+    for name in sorted(names):
+        try:
+            file = stack.enter_context(safe_open(folder / name, framework="pt"))
+        except FileNotFoundError:
+            raise MM4KEError(f"{folder / name}: no such file; save the model in safetensors format") from None
+        except (OSError, SafetensorError) as error:
+            raise MM4KEError(
+                f"{folder / name}: not a readable safetensors file: {_first_line(error)}; copy or save it again"
+            ) from error
+        tensors |= dict.fromkeys(file.keys(), file)
+    return tensors
+
+
+def _common_tokenizer(folders: dict[str, Path]) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, after checking that the folders are model folders with one vocabulary."""
+    tokenizers = {}
+    for key, folder in folders.items():
+        if not folder.is_dir():
+            raise MM4KEError(f"--{key} {folder}: no such folder; give the folder of the {TITLES[key]} model")
+        if not (folder / "config.json").is_file():
+            raise MM4KEError(f"--{key} {folder}: no config.json in it; give a model folder as transformers saves it")
+        try:
+            tokenizers[key] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise MM4KEError(f"{folder}: transformers can't load its tokenizer: {_first_line(error)}") from error
+    base = tokenizers["base"]
+    vocabulary = base.get_vocab()
+    for key, tokenizer in tokenizers.items():
+        other = tokenizer.get_vocab()
+        if differing := sorted(token for token, _ in vocabulary.items() ^ other.items()):
+            raise MM4KEError(
+                f"{folders[key]}: its vocabulary of {len(other)} tokens is not that of {folders['base']} "
+                f"({len(vocabulary)}): {differing[0]!r} differs; compare models that were made from this base"
+            )
+    if not base.chat_template:
+        raise MM4KEError(f"{folders['base']}: the tokenizer has no chat template; add a chat_template.jinja")
+    return base
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- the report ----
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the answers, the scores and what changed on disk."""
+    answers = Table("fact", *TITLES.values(), title="Free answers (chat template)", show_lines=True)
+    for row in result["answers"]:
+        fact = Text(row["prompt"]).append(f"\n→ {row['target_new']}", style="bold")
+        answers.add_row(fact, *(Text(row[key]) for key in TITLES))
+    scores = Table("", *(f"{title:>8}" for title in TITLES.values()), title=_scores_title(result))
+    for column in scores.columns[1:]:
+        column.justify = "right"
+    for section in _score_sections(result):
+        scores.add_section()
+        for row in section:
+            scores.add_row(*row)
+    console.print(Group(answers, "", scores, ""))
+    for line in _changes(result):
+        console.print(Text(line))
+
+
+def write_report(result: dict[str, Any], folder: Path) -> None:
+    """Write comparison.json (all of `compare`) and comparison.md (what `show` prints) to `folder`."""
+    lines = ["# Free answers (chat template)", ""]
+    lines += _markdown_table(
+        ["fact", "right answer", *TITLES.values()],
+        [[row["prompt"], row["target_new"], *(row[key] for key in TITLES)] for row in result["answers"]],
+    )
+    lines += ["", f"# {_scores_title(result)}", ""]
+    lines += _markdown_table(["", *TITLES.values()], [row for rows in _score_sections(result) for row in rows])
+    lines += ["", *(f"- {line}" for line in _changes(result)), ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "comparison.md", "\n".join(lines))
+    _write(folder / "comparison.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _scores_title(result: dict[str, Any]) -> str:
+    return f"{result['facts']}: {result['records']} facts, {result['precision']}"
+
+
+def _score_sections(result: dict[str, Any]) -> list[list[list[str]]]:
+    """The rows of the score table in sections: a label, then one cell for each model."""
+
+    def cells(label: str, value: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [label, *(value(result["models"][key]) for key in TITLES)]
+
+    def score(model: dict[str, Any], form: str, metric: str) -> str:
+        value = model["scores"][form][metric]
+        return "-" if value is None else f"{value:.3f}"
+
+    def changed(model: dict[str, Any]) -> str:
+        return f"{model['disk']['changed_parameters'] / model['disk']['parameters']:.2%}"
+
+    sections = [
+        [
+            cells(f"{FORMAT_TITLES[form]}: {metric.replace('_', ' ')}", lambda model: score(model, form, metric))
+            for metric in METRICS
+        ]
+        for form in PROMPT_FORMATS
+    ]
+    sections.append([cells("perplexity of a neutral text", lambda model: f"{model['perplexity']:.2f}")])
+    sections.append(
+        [
+            cells("changed tensors", lambda model: str(len(model["disk"]["changed_tensors"]))),
+            cells("changed parameters", changed),
+            cells("size on disk (MB)", lambda model: f"{model['disk']['bytes'] / 1e6:.0f}"),
+        ]
+    )
+    return sections
+
+
+def _changes(result: dict[str, Any]) -> list[str]:
+    """A sentence for each edited model on which of its tensors are not the base's."""
+    lines = []
+    for key in ("rsft", "merged"):
+        disk = result["models"][key]["disk"]
+        names = disk["changed_tensors"]
+        listed = ", ".join(names[:NAMES_SHOWN]) or "none"
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        lines.append(f"{TITLES[key]}: {len(names)} of {disk['tensors']} tensors changed: {listed}{more}")
+    return lines
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    cells = [header, ["---"] * len(header)]
+    cells += [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

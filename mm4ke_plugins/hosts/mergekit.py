@@ -1,0 +1,169 @@
+"""`merge_method: mm4ke` in mergekit's recipes: Equations 5 and 6 on every tensor of a model.
+
+Two seams of mergekit 0.1.5:
+
+    mergekit.merge_methods.registry   the method, registered as mergekit registers its own
+    mergekit.merge                    run_merge: recipe and models are checked first, the result is written aside
+
+A program that imports `mergekit.merge` before torch gets the method without the second seam, since that module then
+is half-imported when PyTorch calls us. So the method itself checks all that it can see: ranges, shapes, NaN.
+"""
+
+import functools
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    BatchOptions,
+    InputContract,
+    MergeMethod,
+    MergeMethodSpec,
+    OptionalTensorPolicy,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from pydantic import Field
+
+from ..delta import merge
+from ..errors import MM4KEError, report_in_one_line
+from . import MERGEKIT
+
+# Weights beyond 1 (more than the training did) and below 0 (forgetting) are known practice; 80 is a percentage.
+Weight = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
+Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class KnowledgeMerge(MergeMethod):
+    """base + sum over the other models of weight * Top_density(model - base), one tensor at a time.
+
+    Both parameters may differ by model, by layer (gradients) and by tensor (filters), as in all mergekit recipes.
+    The deltas of several models add up, as in `task_arithmetic`. Tensors that no model changed stay as they are;
+    the others are computed in float32 and rounded once, to the dtype that the base has or the recipe asks for.
+    """
+
+    spec = MergeMethodSpec(
+        name="mm4ke",
+        pretty_name="MM4KE (Model Merging for Knowledge Editing)",
+        reference_url="https://arxiv.org/abs/2506.12384",
+        parameters=(
+            ParameterSpec("weight", Weight, ParameterScope.NON_BASE, default=0.8),
+            ParameterSpec("density", Density, ParameterScope.NON_BASE, default=0.8),
+        ),
+        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+        # An output head that only the base stores is the base's.
+        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+    )
+
+    # GroupMergeMethod would hand over tensors that are cast to the widest dtype already, and the base's would be lost.
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: Sequence[Mapping[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            merge(
+                group.base.tensor,
+                [entry.tensor for entry in group.non_base],
+                values["weight"].values_for(group.non_base),
+                values["density"].values_for(group.non_base),
+                names=[f"{entry.id}: {group.metadata.name}" for entry in (group.base, *group.non_base)],
+                dtype=out_dtype,
+            )
+            for group, values in zip(groups, parameters, strict=True)
+        )
+
+
+METHOD = KnowledgeMerge()
+
+
+def register(module) -> None:
+    """Called once for each seam, right after mergekit has executed it."""
+    {
+        "mergekit.merge_methods.registry": register_method,
+        "mergekit.merge": replace_run_merge,
+    }[module.__name__](module)
+
+
+def register_method(registry) -> None:
+    """Make the method known by its name, unless an entry point (see third_party_patches) has done so."""
+    if METHOD.spec.name not in {method.spec.name for method in registry.registered_methods()}:
+        registry.register(METHOD)
+
+
+def replace_run_merge(module) -> None:
+    """Have recipes with our method checked first and their result written aside; all others run as before."""
+    from .mergekit_recipe import check_models, check_recipe, recipe_name
+
+    run_merge = module.run_merge
+
+    @functools.wraps(run_merge)
+    def check_and_run_merge(merge_config, out_path, options, config_source=None):
+        if merge_config.merge_method != METHOD.spec.name:
+            return run_merge(merge_config, out_path, options, config_source)
+        report_in_one_line()
+        MERGEKIT.require_supported(f"merge_method: {METHOD.spec.name}")
+        config_source = config_source or merge_config.to_yaml()
+        check_recipe(merge_config, config_source, METHOD.spec)
+        check_output(out_path, merge_config)
+        check_models(merge_config, options)
+        with written_aside(Path(out_path).resolve()) as folder:
+            run_merge(round_at_the_end(merge_config), str(folder), options, config_source)
+
+    module.run_merge = check_and_run_merge
+
+
+def round_at_the_end(merge_config):
+    """The same recipe, with `dtype` meaning what it means to users: the dtype of the result.
+
+    mergekit casts the inputs to `dtype`, which would round a float32 R-SFT tensor before its delta is taken.
+    """
+    if not (merge_config.dtype or merge_config.out_dtype):
+        return merge_config
+    out_dtype = merge_config.out_dtype or merge_config.dtype
+    return merge_config.model_copy(update={"dtype": "float32", "out_dtype": out_dtype})
+
+
+def check_output(out_path: str, merge_config) -> None:
+    """Refuse to replace anything but an empty folder or an earlier result, and anything that the merge reads."""
+    folder = Path(out_path).resolve()
+    if any(folder == Path(model.model.path).resolve() for model in merge_config.referenced_models()):
+        raise MM4KEError(f"{out_path}: is one of the models to merge; give another folder for the result")
+    if os.path.ismount(folder):
+        raise MM4KEError(f"{out_path}: is a mount point, which can't be replaced in one step; give a folder in it")
+    if not folder.exists() or (folder / "mergekit_config.yml").is_file():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise MM4KEError(f"{out_path}: exists and is no earlier result of mergekit; remove it or give another folder")
+
+
+@contextmanager
+def written_aside(out_path: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `out_path` if all goes well and is removed if not.
+
+    An `out_path` that exists is replaced as a whole, and only then. The folder is in a hidden sibling of out_path, on
+    the same disk, so that it can be renamed; and it has out_path's name, which mergekit writes into the model card.
+    """
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_path.parent, prefix=f".{out_path.name}-") as aside:
+        folder = Path(aside, out_path.name)
+        yield folder
+        earlier = Path(aside, f"earlier-{out_path.name}")
+        if out_path.exists():
+            out_path.rename(earlier)
+        try:
+            folder.rename(out_path)
+        except BaseException:
+            if earlier.exists():
+                earlier.rename(out_path)
+            raise

@@ -1,0 +1,255 @@
+"""What a mergekit recipe with `merge_method: mm4ke` may say, and what the models that it names must be like.
+
+mergekit ignores keys that it does not know, and finds damaged or unlike models only after it has begun to write.
+Everything that can be known before is checked here.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from mergekit.architecture import get_architecture_info
+from mergekit.architecture.base import ConfiguredModelArchitecture
+from mergekit.card import is_hf
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods.base import MergeMethodSpec, ParameterSpec
+from mergekit.options import MergeOptions
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from ..delta import equal
+from ..errors import MM4KEError
+
+# The class with which mergekit reads what stands under a key.
+READERS = {
+    "models": InputModelDefinition,
+    "slices": OutputSliceDefinition,
+    "sources": InputSliceDefinition,
+    "modules": OutputModuleDefinition,
+}
+
+
+def recipe_name() -> str:
+    """The recipe as the user wrote it on the command line, for error messages."""
+    return next((word for word in sys.argv[1:] if word.endswith((".yaml", ".yml"))), "merge recipe")
+
+
+def refuse(problem: str) -> None:
+    raise MM4KEError(f"{recipe_name()}: {problem}")
+
+
+def check_recipe(config: MergeConfiguration, source: str, spec: MergeMethodSpec) -> None:
+    """Refuse unknown keys, parameters out of their range, unknown dtypes, and a recipe without base or edited model.
+
+    source: the recipe's YAML text, which still has the keys that mergekit drops
+
+    Raises MM4KEError, which names the recipe, the key, its value and what would be right.
+    """
+    for problem in _problems(yaml.safe_load(source), MergeConfiguration, spec, ""):
+        refuse(problem)
+    for key in ("dtype", "out_dtype"):
+        if (name := getattr(config, key)) and not _is_float_dtype(name):
+            refuse(f"{key}: {name}: give bfloat16, float16 or float32")
+    slices = _slices(config)
+    if config.base_model is None and not (slices and all(slice_out.base_model for slice_out in slices)):
+        refuse("base_model: missing; give the model before the edit, which the delta is taken from")
+    if not set(config.referenced_models()) - {config.base_model}:
+        refuse("models: nothing but the base_model; give the edited model")
+
+
+def _problems(part: dict, reader: type[BaseModel], spec: MergeMethodSpec, where: str) -> Iterator[str]:
+    """What is wrong in one part of the recipe, which mergekit reads with `reader`, and in the parts below it."""
+    parameters = {parameter.name: parameter for parameter in spec.parameters}
+    for key, value in part.items():
+        if key in parameters:
+            yield f"{where}{key}: {value}: mergekit would ignore it here; write it under {where}parameters"
+        elif key not in reader.model_fields:
+            yield f"{where}{key}: unknown key; there are: {', '.join(reader.model_fields)}"
+        elif key == "parameters":
+            for name, setting in (value or {}).items():
+                if name in parameters:
+                    yield from _setting_problems(setting, parameters[name], f"{where}parameters.{name}")
+                else:
+                    yield f"{where}parameters.{name}: unknown; {spec.name} has: {', '.join(parameters)}"
+        elif key in READERS:
+            for index, entry in value.items() if isinstance(value, dict) else enumerate(value or []):
+                yield from _problems(entry, READERS[key], spec, f"{where}{key}[{index}].")
+
+
+def _setting_problems(setting: object, parameter: ParameterSpec, where: str) -> Iterator[str]:
+    """The same for one parameter's value: a number, a gradient (a list of them), or a list of filters."""
+    if isinstance(setting, list):
+        for index, entry in enumerate(setting):
+            yield from _setting_problems(entry, parameter, f"{where}[{index}]")
+    elif isinstance(setting, dict):
+        for key in sorted(setting.keys() - ConditionalParameter.model_fields.keys()):
+            yield f"{where}.{key}: unknown key; there are: {', '.join(ConditionalParameter.model_fields)}"
+        yield from _setting_problems(setting.get("value"), parameter, f"{where}.value")
+    else:
+        try:
+            parameter.validate(setting)
+        except ValidationError as error:
+            yield f"{where}: {setting}: {error.errors()[0]['msg']}"
+
+
+def _is_float_dtype(name: str) -> bool:
+    try:
+        return dtype_from_name(name).is_floating_point
+    except RuntimeError:
+        return False
+
+
+def _slices(config: MergeConfiguration) -> list[OutputSliceDefinition]:
+    modules = (config.modules or {}).values()
+    return [*(config.slices or []), *(part for module in modules for part in module.slices or [])]
+
+
+def check_models(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Refuse models that are missing, damaged, unlike the base, equal to it, or not wholly known to mergekit.
+
+    Models that are on a hub are fetched by mergekit, as it would do a moment later. Shapes and vocabularies are not
+    compared where the recipe asks mergekit to change them (`slices`, `tokenizer`), pickled checkpoints not at all.
+
+    Raises MM4KEError, which names the recipe and the model, or the damaged file.
+    """
+    LoaderCache().setup(options)
+    models = sorted(config.referenced_models(), key=lambda model: (model != config.base_model, str(model)))
+    checkpoints = {}
+    for model in models:
+        key = "base_model" if model == config.base_model else "models"
+        _check_location(model, key, options)
+        checkpoints[model] = _open_checkpoint(model, key, options)
+    if _slices(config) or config.tokenizer or config.tokenizer_source:
+        return
+    for model in set(models) - {config.base_model}:
+        _check_alike(config.base_model, model, options)
+        _check_tensors(checkpoints[config.base_model], checkpoints[model], config.base_model, model, options.quiet)
+        _check_known(checkpoints[config.base_model].keys() & checkpoints[model].keys(), config, options)
+
+
+def _check_location(model: ModelReference, key: str, options: MergeOptions) -> None:
+    for path in (model.model.path, model.lora.path if model.lora else model.model.path):
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+        if looks_local and not Path(path).is_dir():
+            refuse(f"{key}: {path}: no such folder; give a model's folder or a hub id such as org/name")
+        try:
+            if options.write_model_card:
+                is_hf(path)
+        except Exception as error:  # whatever goes wrong on the network
+            refuse(
+                f"{key}: {path}: the model card would link it if it is a hub id too, and the hub can't be asked "
+                f"({_first_line(error)}); write ./{path}"
+            )
+
+
+def _open_checkpoint(model: ModelReference, key: str, options: MergeOptions) -> dict[str, safe_open]:
+    """Each tensor's name and the open file that holds it. Opening compares a file's length with its header."""
+    try:
+        model.config(options.trust_remote_code)
+        index = LoaderCache().get(model).index
+    except SafetensorError as error:  # mergekit opens the file at once only where there is but one
+        _refuse_damaged(Path(model.model.path, "model.safetensors"), _first_line(error))
+    except (OSError, RuntimeError, ValueError) as error:
+        refuse(f"{key}: {model}: {_first_line(error)}")
+    checkpoint = {}
+    for shard in index.shards if index.is_safetensors else []:
+        path = Path(index.base_path, shard.filename)
+        try:
+            file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            _refuse_damaged(path, _first_line(error))
+        if absent := set(shard.contained_keys) - set(file.keys()):
+            _refuse_damaged(path, f"{min(absent)} is not in it")
+        checkpoint |= dict.fromkeys(shard.contained_keys, file)
+    return checkpoint
+
+
+def _refuse_damaged(path: Path, reason: str) -> None:
+    raise MM4KEError(f"{path}: damaged: {reason}; copy or make this file again")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _check_alike(base: ModelReference, edited: ModelReference, options: MergeOptions) -> None:
+    """Compare what the configurations and the tokenizers say."""
+
+    def described(model: ModelReference) -> dict[str, object]:
+        config = model.config(options.trust_remote_code)
+        text = config.get_text_config()
+        return {
+            "architectures": config.architectures,
+            "num_hidden_layers": getattr(text, "num_hidden_layers", None),
+            "vocab_size": getattr(text, "vocab_size", None),
+        }
+
+    expected = described(base)
+    for key, value in described(edited).items():
+        if value != expected[key]:
+            refuse(f"models: {edited}: {key} is {value}, in base_model {base} {expected[key]}; merge only like models")
+
+    files = [Path(LoaderCache().get(model).index.base_path, "tokenizer.json") for model in (base, edited)]
+    if all(file.is_file() for file in files):
+        vocabulary, other = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+        if changed := [token for token in vocabulary if other.get(token) != vocabulary[token]]:
+            token = min(changed, key=vocabulary.get)
+            refuse(
+                f"models: {edited}: {len(changed)} tokens have another id than in base_model {base}, such as {token!r} "
+                f"({other.get(token)}, was {vocabulary[token]}); merge only models of one vocabulary"
+            )
+
+
+def _check_tensors(
+    base: dict[str, safe_open],
+    edited: dict[str, safe_open],
+    base_model: ModelReference,
+    edited_model: ModelReference,
+    quiet: bool,
+) -> None:
+    """Compare the shapes of all tensors, then their values up to the first difference."""
+    common = [name for name in base if name in edited]
+    parts = {name: (base[name].get_slice(name), edited[name].get_slice(name)) for name in common}
+    for name, (before, after) in parts.items():
+        if before.get_shape() != after.get_shape():
+            refuse(
+                f"models: {edited_model}: {name} has the shape {after.get_shape()}, in base_model {base_model} "
+                f"{before.get_shape()}; merge only models of one architecture and vocabulary"
+            )
+    # A tensor stored in another dtype was probably trained, so the search mostly ends with the first one.
+    common.sort(key=lambda name: parts[name][0].get_dtype() == parts[name][1].get_dtype())
+    for name in tqdm(common, desc=f"Looking for a change in {edited_model}", disable=quiet, leave=False):
+        if not equal(base[name].get_tensor(name), edited[name].get_tensor(name)):
+            return
+    if common:
+        refuse(f"models: {edited_model}: equals base_model {base_model}, nothing to merge; did training change nothing?")
+
+
+def _check_known(tensors: set[str], config: MergeConfiguration, options: MergeOptions) -> None:
+    """mergekit writes the tensors that its description of the architecture lists, and silently drops all others."""
+    architecture = ConfiguredModelArchitecture(
+        info=get_architecture_info(config, options), config=config.base_model.config(options.trust_remote_code)
+    )
+    known = set()
+    for weight in architecture.all_weights():
+        names = {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+        if not weight.optional and not names & tensors:
+            return  # it is made from tensors of other names, so these are not lost
+        known |= names
+    if lost := sorted(tensors - known):
+        refuse(
+            f"base_model: {config.base_model}: mergekit does not know {len(lost)} of its tensors, such as {lost[0]}, "
+            "and would drop them; this model can't be merged with this version of mergekit"
+        )

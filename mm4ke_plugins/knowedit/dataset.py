@@ -1,0 +1,135 @@
+"""From facts to the data set that LLaMA-Factory trains on.
+
+LLaMA-Factory (0.9.5) finds data sets through `dataset_info.json` in the recipe's `dataset_dir`. Ours is in its
+alpaca format: the prompt exactly as a user types it, the answer, nothing else. The template adds the chat
+format and the end-of-sequence token.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from ..errors import MM4KEError
+from .records import Record
+
+# Punctuation that does not make another question of a question. Symbols stay: C, C# and C++ are not the same.
+PUNCTUATION = str.maketrans(dict.fromkeys(".,;:!?¿¡()[]\"'`«»‘’“”„…", " "))
+
+
+def normalize(text: str) -> str:
+    """The text without the differences in case, white space and punctuation that people make without meaning them."""
+    return " ".join(text.translate(PUNCTUATION).casefold().split()) or text
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """What `check_consistency` found.
+
+    kept:           one record for each prompt, in order; the latest one where records contradict each other
+    duplicates:     (kept, left out): the same prompt and answer
+    contradictions: (earlier, later): the same prompt with another answer; the earlier is not in `kept`
+    """
+
+    kept: list[Record]
+    duplicates: list[tuple[Record, Record]]
+    contradictions: list[tuple[Record, Record]]
+
+
+def check_consistency(records: list[Record]) -> Consistency:
+    """Find the records that say the same, and those that contradict each other.
+
+    Prompts and answers are compared after `normalize`. R-SFT would train a duplicated fact for nothing, and would
+    learn and unlearn two contradicting ones in every epoch.
+    """
+    latest: dict[str, Record] = {}
+    duplicates, contradictions = [], []
+    for record in records:
+        question = normalize(record.prompt)
+        earlier = latest.get(question)
+        if earlier and normalize(earlier.target_new) == normalize(record.target_new):
+            duplicates.append((earlier, record))
+            continue
+        if earlier:
+            contradictions.append((earlier, record))
+            del latest[question]  # so that the later record keeps its own place in the order
+        latest[question] = record
+    return Consistency(list(latest.values()), duplicates, contradictions)
+
+
+def consistent_records(records: list[Record], allow_contradictions: bool = False) -> list[Record]:
+    """The records without duplicates and contradictions; each one that is left out is a line on stderr.
+
+    Raises MM4KEError where records contradict each other, unless `allow_contradictions`: then the later one counts.
+    """
+    found = check_consistency(records)
+    for kept, left_out in found.duplicates:
+        click.echo(f"duplicate: {left_out.place}: {left_out.prompt!r:.200}: left out, {kept.place} says it", err=True)
+    for earlier, later in found.contradictions:
+        click.echo(
+            f"contradiction: {earlier.place} and {later.place}: {later.prompt!r:.200}: "
+            f"{earlier.target_new!r:.100} or {later.target_new!r:.100}",
+            err=True,
+        )
+    if found.contradictions and not allow_contradictions:
+        raise MM4KEError(
+            f"{found.contradictions[0][1].source}: facts contradict each other ({len(found.contradictions)}, listed "
+            "above); correct target_new, or keep the later record of each with --allow-contradictions"
+        )
+    return found.kept
+
+
+def write_dataset(records: list[Record], folder: Path, name: str = "facts") -> Path:
+    """Write `folder/name.json` and register it as `name` in `folder/dataset_info.json`. Returns the former's path.
+
+    Other entries of an existing dataset_info.json stay as they are. Each file is replaced as a whole or not at all.
+
+    Raises MM4KEError: `name` is not one LLaMA-Factory can list; there is a file or an entry of this name that this
+    function did not write; dataset_info.json is not a JSON object; the folder cannot be written.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "dataset_info":
+        raise MM4KEError(f"--name: {name!r} cannot name a data set; use letters, digits, - and _")
+    info_path, facts_path = folder / "dataset_info.json", folder / f"{name}.json"
+    entry = {"file_name": facts_path.name, "columns": {"prompt": "instruction", "response": "output"}}
+    info = _read_info(info_path)
+    # Without this check, `--output recipes` would replace recipes/facts.json, the source, by what came out of it.
+    if info.get(name, entry) != entry or (facts_path.exists() and name not in info):
+        raise MM4KEError(
+            f"{facts_path}: not replaced, because mm4ke did not write it; choose another --name or --output"
+        )
+    facts = [{"instruction": record.prompt, "output": record.target_new} for record in records]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A JSON list, not JSONL: the datasets library reads "2019-05-01" in a JSONL column of dates as a
+        # datetime, and LLaMA-Factory drops answers that are not strings.
+        # dataset_info.json is in ASCII because LLaMA-Factory opens it in the locale's encoding.
+        _replace(info_path, json.dumps(info | {name: entry}, indent=2) + "\n")
+        _replace(facts_path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise MM4KEError(f"{folder}: {error.strerror}; give a folder that can be written with --output") from None
+    return facts_path
+
+
+def _read_info(path: Path) -> dict:
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):  # what is wrong with the folder, if it is, mkdir will say
+        return {}
+    except (OSError, ValueError) as error:
+        raise MM4KEError(f"{path}: not readable as JSON ({error}); repair it or choose another --output") from None
+    if not isinstance(info, dict):
+        raise MM4KEError(f"{path}: not a JSON object; repair it or choose another --output")
+    return info
+
+
+def _replace(path: Path, text: str) -> None:
+    """Put `text` into the file at once: who reads it meanwhile sees the old or the new content."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,237 @@
+"""How well a causal language model of the transformers library knows edited facts, and what it kept.
+
+A question is a prompt and its answer. The model reads both, and at every token of the answer we note the token
+that it finds most likely after all that came before (teacher forcing). Compared with the answer's tokens:
+
+    edit_success     prompt -> target_new               the fraction of tokens predicted right
+    generalization   rephrase_prompt -> target_new      the same
+    portability      the record's portability probes    the same
+    locality         the record's locality probes       the fraction of predictions equal to the base model's
+
+A probe with several answers is asked with the first one. A score is the mean over the probes of one axis, then
+over a record's axes, then over the records that have any. All this follows EasyEdit: `test_prediction_acc` in
+easyeditor/evaluate/evaluate_utils.py, `finalize_locality_metrics` in easyeditor/editors/editor.py and the averages
+of examples/run_knowedit_llama2.py, which takes the first of an answer's aliases as well.
+
+Teacher forcing flatters a model that cannot stop by itself, so there is also `answer`: free generation. And
+`perplexity` shows whether ordinary text became less likely.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import fmean
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .records import Record
+
+METRICS = ("edit_success", "generalization", "portability", "locality")
+
+# "raw": the bare prompt, a space and the answer, as EasyEdit. "chat": the answer is the assistant's turn.
+PROMPT_FORMATS = ("raw", "chat")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt of one record (its index in the list) with the answer that counts as right.
+
+    axis: the name that the record gives a group of probes, such as "Reasoning"; "" for the fact itself
+    """
+
+    record: int
+    metric: str
+    axis: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A question as token ids; the answer's tokens are ids[answer_start:]."""
+
+    ids: list[int]
+    answer_start: int
+
+    @property
+    def answer_ids(self) -> list[int]:
+        return self.ids[self.answer_start :]
+
+
+def questions_of(records: Iterable[Record]) -> list[Question]:
+    """All questions of the records, record by record."""
+    questions = []
+    for index, record in enumerate(records):
+        questions.append(Question(index, "edit_success", "", record.prompt, record.target_new))
+        if record.rephrase_prompt:
+            questions.append(Question(index, "generalization", "", record.rephrase_prompt, record.target_new))
+        for metric, axes in (("portability", record.portability), ("locality", record.locality)):
+            for axis, probes in axes.items():
+                questions += [Question(index, metric, axis, probe.prompt, probe.answers[0]) for probe in probes]
+    return questions
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, question: Question, prompt_format: str) -> Encoded:
+    """Tokenize a question in one of PROMPT_FORMATS.
+
+    raw:  prompt, space and answer are tokenized together, with the special tokens that the tokenizer adds. The
+          answer starts where the prompt alone would end. EasyEdit's own count of padding tokens gives the same
+          start, unless the answer spells the padding token.
+    chat: the answer's tokens follow the chat template's prompt for the assistant; the end of turn is not scored.
+          Both parts are tokenized apart, as they are in training.
+    """
+    if prompt_format == "raw":
+        ids = tokenizer(f"{question.prompt} {question.answer}").input_ids
+        return Encoded(ids, min(len(ids), len(tokenizer(question.prompt).input_ids)))
+    prompt_ids = chat_prompt(tokenizer, question.prompt)
+    return Encoded(prompt_ids + tokenizer(question.answer, add_special_tokens=False).input_ids, len(prompt_ids))
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The token ids of a conversation in which the user has said `prompt` and the assistant is to speak."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,  # for the templates that know it: the answer comes at once
+    )
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@torch.inference_mode()
+def predict(
+    model: PreTrainedModel,
+    encoded: list[Encoded],
+    *,
+    batch_size: int = 16,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[list[int]]:
+    """The model's most likely token at every token of every answer: one list per question, as long as the answer.
+
+    Each question is read once, in batches of similar length; the result does not depend on `batch_size`. What all
+    questions begin with, such as a chat template's system message, is read once for all.
+    `advance` is told after each batch how many questions it had.
+    """
+    # The token before the answer stays in every row: its prediction is wanted.
+    shared = os.path.commonprefix([code.ids[: code.answer_start - 1] for code in encoded])
+    cache = None
+    if shared:
+        shared_ids = torch.tensor([shared], device=model.device)
+        cache = model(input_ids=shared_ids, use_cache=True, logits_to_keep=1).past_key_values
+    rows = [code.ids[len(shared) :] for code in encoded]
+    starts = [code.answer_start - len(shared) for code in encoded]
+
+    predicted: list[list[int]] = [[] for _ in encoded]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for begin in range(0, len(order), batch_size):
+        batch = order[begin : begin + batch_size]
+        input_ids, attention_mask = _padded([rows[index] for index in batch], model.device, side="right")
+        past = copy.deepcopy(cache)  # the forward appends to it
+        if past is not None:
+            past.batch_repeat_interleave(len(batch))
+            attention_mask = torch.nn.functional.pad(attention_mask, (len(shared), 0), value=1)
+        # The output layer is a quarter of a small model's work; the prompts' own predictions are not needed.
+        first = min(starts[index] for index in batch) - 1
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past,
+            use_cache=False,
+            logits_to_keep=input_ids.shape[1] - first,
+        )
+        for row, index in zip(output.logits.argmax(dim=-1).tolist(), batch):
+            predicted[index] = row[starts[index] - 1 - first : len(rows[index]) - 1 - first]
+        advance(len(batch))
+    return predicted
+
+
+def question_scores(
+    questions: list[Question],
+    encoded: list[Encoded],
+    predicted: list[list[int]],
+    predicted_by_base: list[list[int]],
+) -> list[float | None]:
+    """Each question's score, 0 to 1; None where the answer has no token of its own.
+
+    encoded, predicted, predicted_by_base: as from `encode` and `predict`, in the order of `questions`
+    """
+    scores = []
+    for question, code, tokens, base_tokens in zip(questions, encoded, predicted, predicted_by_base, strict=True):
+        expected = base_tokens if question.metric == "locality" else code.answer_ids
+        same = [token == other for token, other in zip(tokens, expected, strict=True)]
+        scores.append(fmean(same) if same else None)
+    return scores
+
+
+def mean_scores(questions: list[Question], scores: list[float | None]) -> dict[str, float | None]:
+    """The mean of each metric in METRICS, 0 to 1: over probes, then axes, then records. None where nothing asks it."""
+    means = {}
+    for metric in METRICS:
+        scored = [
+            (question.record, question.axis, score)
+            for question, score in zip(questions, scores, strict=True)
+            if question.metric == metric and score is not None
+        ]
+        of_records = [
+            fmean(fmean(score for *_, score in probes) for _, probes in groupby(axes, key=lambda entry: entry[1]))
+            for _, axes in groupby(scored, key=lambda entry: entry[0])
+        ]
+        means[metric] = fmean(of_records) if of_records else None
+    return means
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, window: int = 512) -> float:
+    """exp of the mean negative log-likelihood per token of `text`, read in windows of at most `window` tokens.
+
+    A window's first token is not predicted, and a window sees nothing of the one before.
+    """
+    ids = torch.tensor(tokenizer(text).input_ids, device=model.device)
+    window = min(window, getattr(model.config, "max_position_embeddings", window))
+    loss_sum, count = torch.zeros((), dtype=torch.float64), 0
+    for part in ids.split(window):
+        if len(part) > 1:
+            logits = model(input_ids=part[None], use_cache=False).logits[0, :-1].float()
+            loss_sum += torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum").item()
+            count += len(part) - 1
+    return (loss_sum / count).exp().item()
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int = 32
+) -> list[str]:
+    """What the model says to each prompt: chat template, most likely token each time, until it ends its turn.
+
+    An answer that was not finished after `max_new_tokens` ends in "…".
+    """
+    input_ids, attention_mask = _padded(
+        [chat_prompt(tokenizer, prompt) for prompt in prompts], model.device, side="left"
+    )
+    stops = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    # A fresh configuration: the model's own may ask for sampling.
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=min(stops, default=0)
+    )
+    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=greedy)
+    answers = []
+    for tokens in output[:, input_ids.shape[1] :].tolist():
+        text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        answers.append(text if stops & set(tokens) else f"{text}…")
+    return answers
+
+
+def _padded(rows: list[list[int]], device: torch.device, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids as one int64 tensor (rows, longest) with its attention mask, padded on the given side."""
+    width = max(map(len, rows))
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(len(row))
+        input_ids[index, place] = torch.tensor(row)
+        attention_mask[index, place] = 1
+    return input_ids.to(device), attention_mask.to(device)
