@@ -1,8 +1,8 @@
 """What editing did: the base model, the R-SFT model and the merged one side by side.
 
-    what they answer    five facts, asked freely in the chat template
-    how they score      EasyEdit's metrics in both prompt formats, and perplexity on `neutral_text.txt`
-    what changed        which tensors differ from the base's on disk, and by how many parameters
+what they answer    five facts, asked freely in the chat template
+how they score      EasyEdit's metrics in both prompt formats, and perplexity on `neutral_text.txt`
+what changed        which tensors differ from the base's on disk, and by how many parameters
 """
 
 import json
@@ -288,20 +288,17 @@ def _score_sections(result: dict[str, Any]) -> list[list[list[str]]]:
     def cells(label: str, value: Callable[[dict[str, Any]], str]) -> list[str]:
         return [label, *(value(result["models"][key]) for key in TITLES)]
 
-    def score(model: dict[str, Any], form: str, metric: str) -> str:
-        value = model["scores"][form][metric]
-        return "-" if value is None else f"{value:.3f}"
+    def score_row(form: str, metric: str) -> list[str]:
+        def score(model: dict[str, Any]) -> str:
+            value = model["scores"][form][metric]
+            return "-" if value is None else f"{value:.3f}"
+
+        return cells(f"{FORMAT_TITLES[form]}: {metric.replace('_', ' ')}", score)
 
     def changed(model: dict[str, Any]) -> str:
         return f"{model['disk']['changed_parameters'] / model['disk']['parameters']:.2%}"
 
-    sections = [
-        [
-            cells(f"{FORMAT_TITLES[form]}: {metric.replace('_', ' ')}", lambda model: score(model, form, metric))
-            for metric in METRICS
-        ]
-        for form in PROMPT_FORMATS
-    ]
+    sections = [[score_row(form, metric) for metric in METRICS] for form in PROMPT_FORMATS]
     sections.append([cells("perplexity of a neutral text", lambda model: f"{model['perplexity']:.2f}")])
     sections.append(
         [

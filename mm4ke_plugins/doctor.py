@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 
 from . import activation
-from .hosts import HOSTS, Host
+from .hosts import Host
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,3 @@ def examine(host: Host) -> Finding:
             reason = f"nobody waited for {', '.join(missing)}; is the package installed in this environment?"
         return Finding(host, version, f"not hooked: {reason}", healthy=False)
     return Finding(host, version, "active", healthy=True)
-

@@ -31,7 +31,9 @@ def test_doctor_exits_1_when_an_installed_host_is_not_hooked():
     assert "not hooked: TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches plugins off" in run.stdout
 
 
-@pytest.mark.parametrize("allowed, active", [(None, True), ("mergekit", True), ("llamafactory", False), ("none", False), ("", False)])
+@pytest.mark.parametrize(
+    "allowed, active", [(None, True), ("mergekit", True), ("llamafactory", False), ("none", False), ("", False)]
+)
 def test_allow_list(allowed, active):
     run = python(SHOW_METHODS, **({} if allowed is None else {"MM4KE_PLUGINS": allowed}))
     assert ("'mm4ke'" in run.stdout) is active, run.stderr
@@ -46,8 +48,15 @@ def test_unknown_host_in_the_allow_list_is_a_warning():
 
 def test_importing_torch_imports_no_host_and_no_adapter():
     run = python("import sys, torch; print(sorted(m for m in sys.modules if m.startswith('mm4ke_plugins')))")
-    assert eval(run.stdout) == ["mm4ke_plugins", "mm4ke_plugins.activation", "mm4ke_plugins.errors", "mm4ke_plugins.hosts"]
-    run = python("import sys, torch; print([m for m in ('llamafactory', 'mergekit', 'transformers') if m in sys.modules])")
+    assert eval(run.stdout) == [
+        "mm4ke_plugins",
+        "mm4ke_plugins.activation",
+        "mm4ke_plugins.errors",
+        "mm4ke_plugins.hosts",
+    ]
+    run = python(
+        "import sys, torch; print([m for m in ('llamafactory', 'mergekit', 'transformers') if m in sys.modules])"
+    )
     assert eval(run.stdout) == []
 
 
@@ -70,11 +79,15 @@ def test_a_broken_adapter_is_a_warning_and_the_host_works():
 def test_an_unsupported_version_is_refused_when_asked_for(tmp_path):
     """The host imports and works as ever; only the recipe that asks for our feature is refused."""
     (tmp_path / "mergekit-0.2.0.dist-info").mkdir()
-    (tmp_path / "mergekit-0.2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mergekit\nVersion: 0.2.0\n")
+    (tmp_path / "mergekit-0.2.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: mergekit\nVersion: 0.2.0\n"
+    )
     run = python(SHOW_METHODS, PYTHONPATH=str(tmp_path))
     assert run.returncode == 0
     assert "Warning" not in run.stderr
-    (tmp_path / "merge.yaml").write_text("merge_method: mm4ke\nbase_model: ./no/base\nmodels: [{model: ./no/edited}]\n")
+    (tmp_path / "merge.yaml").write_text(
+        "merge_method: mm4ke\nbase_model: ./no/base\nmodels: [{model: ./no/edited}]\n"
+    )
     run = run_command("mergekit-yaml", tmp_path / "merge.yaml", tmp_path / "out", PYTHONPATH=str(tmp_path))
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1] == (

@@ -30,7 +30,9 @@ def test_layer_out_of_range_names_the_valid_range(family_and_model):
 
 
 def test_unknown_module_names_the_known_ones(family_and_model):
-    with pytest.raises(MM4KEError, match=r"rsft_modules: fc1 is not in model.layers.1.mlp; choose ffn .*: .*down_proj$"):
+    with pytest.raises(
+        MM4KEError, match=r"rsft_modules: fc1 is not in model.layers.1.mlp; choose ffn .*: .*down_proj$"
+    ):
         ffn_parameter_names(family_and_model[1], [1], ["fc1"])
 
 

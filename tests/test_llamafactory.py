@@ -192,7 +192,7 @@ def test_the_command_ends_after_an_epoch_without_update(recipe, tmp_path):
     assert books[-1]["rsft_converged_fraction"] == 1
     assert books[-1]["rsft_mean_final_loss"] <= books[-1]["rsft_max_final_loss"] < 1.5
     assert f"R-SFT: epoch {len(books)} needed no update" in run.stderr + run.stdout
-    assert f"converged=3/3, updates=0" in run.stderr  # the progress bar
+    assert "converged=3/3, updates=0" in run.stderr  # the progress bar
     assert (tmp_path / "rsft" / "training_loss.png").stat().st_size > 1000
     state = json.loads((tmp_path / "rsft" / "trainer_state.json").read_text())
     losses = [entry["step"] for entry in state["log_history"] if "loss" in entry]

@@ -43,7 +43,10 @@ def test_freeze_layer_ids_trains_exactly_these_layers(patched, recipe, tiny_llam
     plain |= {"freeze_layer_ids": "0,2", "freeze_trainable_modules": "mlp", "num_train_epochs": 1}
     run = run_patched(patched, plain, tmp_path, MM4KE_PLUGINS="none")
     assert run.returncode == 0, run.stderr[-2000:]
-    before, after = load_file(tiny_llama / "model.safetensors"), load_file(Path(plain["output_dir"]) / "model.safetensors")
+    before, after = (
+        load_file(tiny_llama / "model.safetensors"),
+        load_file(Path(plain["output_dir"]) / "model.safetensors"),
+    )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"model.layers.{i}.mlp.{part}_proj.weight" for i in (0, 2) for part in ("gate", "up", "down")}
 

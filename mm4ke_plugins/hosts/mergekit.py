@@ -103,7 +103,7 @@ def register_method(registry) -> None:
 
 def replace_run_merge(module) -> None:
     """Have recipes with our method checked first and their result written aside; all others run as before."""
-    from .mergekit_recipe import check_models, check_recipe, recipe_name
+    from .mergekit_recipe import check_models, check_recipe
 
     run_merge = module.run_merge
 

@@ -207,8 +207,8 @@ def _check_alike(base: ModelReference, edited: ModelReference, options: MergeOpt
         if changed := [token for token in vocabulary if other.get(token) != vocabulary[token]]:
             token = min(changed, key=vocabulary.get)
             refuse(
-                f"models: {edited}: {len(changed)} tokens have another id than in base_model {base}, such as {token!r} "
-                f"({other.get(token)}, was {vocabulary[token]}); merge only models of one vocabulary"
+                f"models: {edited}: {len(changed)} tokens have another id than in base_model {base}, such as "
+                f"{token!r} ({other.get(token)}, was {vocabulary[token]}); merge only models of one vocabulary"
             )
 
 
@@ -234,7 +234,10 @@ def _check_tensors(
         if not equal(base[name].get_tensor(name), edited[name].get_tensor(name)):
             return
     if common:
-        refuse(f"models: {edited_model}: equals base_model {base_model}, nothing to merge; did training change nothing?")
+        refuse(
+            f"models: {edited_model}: equals base_model {base_model}, so there is nothing to merge; "
+            "did training change nothing?"
+        )
 
 
 def _check_known(tensors: set[str], config: MergeConfiguration, options: MergeOptions) -> None:
