@@ -192,8 +192,8 @@ def _problems(records: object, entry: dict) -> Iterator[str]:
     if entry.get("formatting", "alpaca") != "alpaca":
         return
     columns = {"prompt": "instruction", "response": "output"} | entry.get("columns", {})
-    for number, record in enumerate(records, start=1):
+    for index, record in enumerate(records):
         for role in ("prompt", "response"):
             value = record.get(columns[role]) if isinstance(record, dict) else None
             if not isinstance(value, str) or not value.strip():
-                yield f"record {number}: {columns[role]}: {json.dumps(value)}: give a text that is not empty"
+                yield f"record {index} (0-based): {columns[role]}: {json.dumps(value)}: give a text that is not empty"
