@@ -7,6 +7,7 @@ Everything that can be known before is checked here.
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from mergekit.architecture import get_architecture_info
@@ -46,7 +47,7 @@ def recipe_name() -> str:
     return next((word for word in sys.argv[1:] if word.endswith((".yaml", ".yml"))), "merge recipe")
 
 
-def refuse(problem: str) -> None:
+def refuse(problem: str) -> NoReturn:
     raise MM4KEError(f"{recipe_name()}: {problem}")
 
 
@@ -176,7 +177,7 @@ def _open_checkpoint(model: ModelReference, key: str, options: MergeOptions) -> 
     return checkpoint
 
 
-def _refuse_damaged(path: Path, reason: str) -> None:
+def _refuse_damaged(path: Path, reason: str) -> NoReturn:
     raise MM4KEError(f"{path}: damaged: {reason}; copy or make this file again")
 
 

@@ -1,0 +1,52 @@
+"""The patch for mergekit applies to the installed version, and does what it promises without our import hook."""
+
+import shutil
+import subprocess
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import mergekit
+import pytest
+import torch
+import yaml
+from conftest import ROOT, run_command
+from test_mergekit import expect, ffn, load, models, recipe  # noqa: F401  (models is a fixture)
+
+PATCHES = sorted((ROOT / "third_party_patches" / "mergekit").glob("*.patch"))
+INSTALLED = Path(mergekit.__file__).parent
+GROUP = "mergekit.merge_methods"
+
+
+@pytest.fixture
+def patched(tmp_path) -> Path:
+    """A folder for PYTHONPATH with a patched copy of the installed package, and with packages that declare methods."""
+    folder = tmp_path / "patched"
+    shutil.copytree(INSTALLED, folder / "mergekit", ignore=shutil.ignore_patterns("__pycache__"))
+    for patch in PATCHES:
+        subprocess.run(["git", "apply", patch], cwd=folder, check=True)
+    declare(folder, "broken", "broken = no_such_module:METHOD")
+    if not entry_points(group=GROUP, name="mm4ke"):  # an installation older than pyproject.toml
+        declare(folder, "declared", "mm4ke = mm4ke_plugins.hosts.mergekit:METHOD")
+    return folder
+
+
+def declare(folder: Path, name: str, entry: str) -> None:
+    """What installing a package called `name` with one entry point leaves."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{entry}\n")
+
+
+def test_the_host_finds_our_method_by_its_own_entry_points(patched, models, tmp_path):  # noqa: F811
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe(models)))
+    environment = {"PYTHONPATH": str(patched), "MM4KE_PLUGINS": "none"}
+    run = run_command("mergekit-yaml", "merge.yaml", "out", cwd=tmp_path, **environment)
+    assert run.returncode == 0, run.stderr
+    assert "Could not load merge method broken from no_such_module:METHOD" in run.stderr
+    assert torch.equal(load(tmp_path / "out")[ffn()], expect(models, ffn()))
+
+
+def test_mergekit_has_no_such_entry_points_yet():
+    sources = "".join(path.read_text() for path in INSTALLED.rglob("*.py"))
+    assert "entry_points" not in sources, "mergekit loads merge methods from entry points now: delete its patch"
