@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import mergekit
@@ -25,8 +24,6 @@ def patched(tmp_path) -> Path:
     for patch in PATCHES:
         subprocess.run(["git", "apply", patch], cwd=folder, check=True)
     declare(folder, "broken", "broken = no_such_module:METHOD")
-    if not entry_points(group=GROUP, name="mm4ke"):  # an installation older than pyproject.toml
-        declare(folder, "declared", "mm4ke = mm4ke_plugins.hosts.mergekit:METHOD")
     return folder
 
 
