@@ -3,6 +3,7 @@
 The imports are inside the subcommands so that `mm4ke --help` and `mm4ke facts` need not wait for torch.
 """
 
+import os
 from pathlib import Path
 
 import click
@@ -89,6 +90,9 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
 
     Writes comparison.json and comparison.md to the output folder.
     """
+    # Threads that wait for each other sleep instead of spinning: beside other work this takes half the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
     from rich.console import Console
 
     from .comparison import compare, show, write_report

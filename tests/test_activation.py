@@ -27,7 +27,7 @@ def test_doctor_finds_both_hosts_active():
 def test_doctor_exits_1_when_an_installed_host_is_not_hooked():
     run = run_command("mm4ke", "doctor", TORCH_DEVICE_BACKEND_AUTOLOAD="0", MM4KE_PLUGINS="mergekit")
     assert run.returncode == 1
-    assert "llamafactory  0.9.5 (supported: >=0.9.5,<0.9.6)     switched off by MM4KE_PLUGINS=mergekit" in run.stdout
+    assert "llamafactory  0.9.5 (supported: >=0.9.5,<0.9.6)   switched off by MM4KE_PLUGINS=mergekit" in run.stdout
     assert "not hooked: TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches plugins off" in run.stdout
 
 
