@@ -23,7 +23,8 @@ work/rsft.inputs: recipes/rsft.yaml work/facts/facts.json
 	@touch $@
 
 work/comparison/comparison.md: out/config.json
-	mm4ke compare --base work/base --rsft work/rsft --merged out --facts recipes/facts.json --output work/comparison
+	mm4ke compare --base work/base --rsft work/rsft --merged out --facts recipes/facts.json \
+		--output work/comparison > /dev/null  # `edit` shows it, new or not
 
 out/config.json: recipes/merge.yaml work/rsft/trainer_state.json
 	mergekit-yaml recipes/merge.yaml out/
