@@ -293,8 +293,16 @@ BAD_FILES = [
     ("facts.json", "[{", r"facts.json: line 1, column 3: broken JSON"),
     ("facts.json", "[]", r"facts.json: has no facts"),
     ("facts.json", '{"a": 1}', r"facts.json: a JSON dict where a list of facts should be"),
-    ("facts.json", '[{"instruction": "Who?", "input": ""}]', r"facts.json: record 0 \(0-based\): output: null: give a text"),
-    ("facts.json", '[{"instruction": " ", "output": "x"}]', r'facts.json: record 0 \(0-based\): instruction: " ": give a text'),
+    (
+        "facts.json",
+        '[{"instruction": "Who?", "input": ""}]',
+        r"facts.json: record 0 \(0-based\): output: null: give a text",
+    ),
+    (
+        "facts.json",
+        '[{"instruction": " ", "output": "x"}]',
+        r'facts.json: record 0 \(0-based\): instruction: " ": give a text',
+    ),
     ("dataset_info.json", "{", r"dataset_info.json: line 1, column 2: broken JSON"),
     ("dataset_info.json", '{"facts": {"file_name": "no.json"}}', r"dataset: facts: .*no.json, named in .* not exist"),
 ]
