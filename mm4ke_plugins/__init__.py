@@ -3,6 +3,7 @@
     rsft.py         Algorithm 1: robust supervised fine-tuning, one visit of one sample
     delta.py        Equations 5 and 6: the knowledge delta, its top-p entries, its weight
     layers.py       which parameters are "the FFN of layer n"
+    files.py        writing a file at once
     activation.py   how unmodified hosts find us
     hosts/          one thin adapter for each host
     knowedit/       KnowEdit records and EasyEdit's metrics

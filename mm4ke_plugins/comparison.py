@@ -6,7 +6,6 @@ what changed        which tensors differ from the base's on disk, and by how man
 """
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -23,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .errors import MM4KEError
+from .errors import MM4KEError, first_line
+from .files import replace_text
 from .knowedit.metrics import (
     METRICS,
     PROMPT_FORMATS,
@@ -142,7 +142,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise MM4KEError(f"{folder}: transformers can't load this model: {_first_line(error)}") from error
+        raise MM4KEError(f"{folder}: transformers can't load this model: {first_line(error)}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise MM4KEError(f"{folder}: the model lacks {len(names)} tensors, for example {names[0]}; save it again")
@@ -193,7 +193,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MM4KEError(f"{index}: not an index of safetensors files: {_first_line(error)}") from error
+            raise MM4KEError(f"{index}: not an index of safetensors files: {first_line(error)}") from error
     tensors = {}
     for name in sorted(names):
         try:
@@ -202,7 +202,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
             raise MM4KEError(f"{folder / name}: no such file; save the model in safetensors format") from None
         except (OSError, SafetensorError) as error:
             raise MM4KEError(
-                f"{folder / name}: not a readable safetensors file: {_first_line(error)}; copy or save it again"
+                f"{folder / name}: not a readable safetensors file: {first_line(error)}; copy or save it again"
             ) from error
         tensors |= dict.fromkeys(file.keys(), file)
     return tensors
@@ -219,7 +219,7 @@ def _common_tokenizer(folders: dict[str, Path]) -> PreTrainedTokenizerBase:
         try:
             tokenizers[key] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise MM4KEError(f"{folder}: transformers can't load its tokenizer: {_first_line(error)}") from error
+            raise MM4KEError(f"{folder}: transformers can't load its tokenizer: {first_line(error)}") from error
     base = tokenizers["base"]
     vocabulary = base.get_vocab()
     for key, tokenizer in tokenizers.items():
@@ -236,10 +236,6 @@ def _common_tokenizer(folders: dict[str, Path]) -> PreTrainedTokenizerBase:
 
 def _shape(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---- the report ----
@@ -274,8 +270,8 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     lines += _markdown_table(["", *TITLES.values()], [row for rows in _score_sections(result) for row in rows])
     lines += ["", *(f"- {line}" for line in _changes(result)), ""]
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "comparison.md", "\n".join(lines))
-    _write(folder / "comparison.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    replace_text(folder / "comparison.md", "\n".join(lines))
+    replace_text(folder / "comparison.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def _scores_title(result: dict[str, Any]) -> str:
@@ -326,9 +322,3 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     cells = [header, ["---"] * len(header)]
     cells += [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in cells]
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

@@ -13,6 +13,11 @@ class MM4KEError(ValueError):
     """A mistake in the user's input. `str(error)` is the one line that the user sees."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's exception says, shortened to fit into one line of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def report_in_one_line() -> None:
     """Print an uncaught `MM4KEError` as one line, without its traceback. The exit status stays 1.
 

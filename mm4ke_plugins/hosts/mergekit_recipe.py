@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ..delta import equal
-from ..errors import MM4KEError
+from ..errors import MM4KEError, first_line
 
 # The class with which mergekit reads what stands under a key.
 READERS = {
@@ -151,7 +151,7 @@ def _check_location(model: ModelReference, key: str, options: MergeOptions) -> N
         except Exception as error:  # whatever goes wrong on the network
             refuse(
                 f"{key}: {path}: the model card would link it if it is a hub id too, and the hub can't be asked "
-                f"({_first_line(error)}); write ./{path}"
+                f"({first_line(error)}); write ./{path}"
             )
 
 
@@ -161,16 +161,16 @@ def _open_checkpoint(model: ModelReference, key: str, options: MergeOptions) -> 
         model.config(options.trust_remote_code)
         index = LoaderCache().get(model).index
     except SafetensorError as error:  # mergekit opens the file at once only where there is but one
-        _refuse_damaged(Path(model.model.path, "model.safetensors"), _first_line(error))
+        _refuse_damaged(Path(model.model.path, "model.safetensors"), first_line(error))
     except (OSError, RuntimeError, ValueError) as error:
-        refuse(f"{key}: {model}: {_first_line(error)}")
+        refuse(f"{key}: {model}: {first_line(error)}")
     checkpoint = {}
     for shard in index.shards if index.is_safetensors else []:
         path = Path(index.base_path, shard.filename)
         try:
             file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            _refuse_damaged(path, _first_line(error))
+            _refuse_damaged(path, first_line(error))
         if absent := set(shard.contained_keys) - set(file.keys()):
             _refuse_damaged(path, f"{min(absent)} is not in it")
         checkpoint |= dict.fromkeys(shard.contained_keys, file)
@@ -179,10 +179,6 @@ def _open_checkpoint(model: ModelReference, key: str, options: MergeOptions) -> 
 
 def _refuse_damaged(path: Path, reason: str) -> NoReturn:
     raise MM4KEError(f"{path}: damaged: {reason}; copy or make this file again")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check_alike(base: ModelReference, edited: ModelReference, options: MergeOptions) -> None:

@@ -6,7 +6,6 @@ format and the end-of-sequence token.
 """
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import click
 
 from ..errors import MM4KEError
+from ..files import replace_text
 from .records import Record
 
 # Punctuation that does not make another question of a question. Symbols stay: C, C# and C++ are not the same.
@@ -106,8 +106,8 @@ def write_dataset(records: list[Record], folder: Path, name: str = "facts") -> P
         # A JSON list, not JSONL: the datasets library reads "2019-05-01" in a JSONL column of dates as a
         # datetime, and LLaMA-Factory drops answers that are not strings.
         # dataset_info.json is in ASCII because LLaMA-Factory opens it in the locale's encoding.
-        _replace(info_path, json.dumps(info | {name: entry}, indent=2) + "\n")
-        _replace(facts_path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        replace_text(info_path, json.dumps(info | {name: entry}, indent=2) + "\n")
+        replace_text(facts_path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise MM4KEError(f"{folder}: {error.strerror}; give a folder that can be written with --output") from None
     return facts_path
@@ -123,13 +123,3 @@ def _read_info(path: Path) -> dict:
     if not isinstance(info, dict):
         raise MM4KEError(f"{path}: not a JSON object; repair it or choose another --output")
     return info
-
-
-def _replace(path: Path, text: str) -> None:
-    """Put `text` into the file at once: who reads it meanwhile sees the old or the new content."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
