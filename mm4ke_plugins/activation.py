@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 
-from .hosts import HOSTS, LLAMAFACTORY, Host
+from .hosts import EASYEDIT, HOSTS, LLAMAFACTORY, Host
 
 # The seams that an adapter has taken, and why one could not be, by the host's name; `mm4ke doctor` shows both.
 hooked: set[str] = set()
@@ -40,7 +40,12 @@ def activate() -> None:
     """Install the import hook. Never raises; calling it again does nothing."""
     try:
         if not any(isinstance(finder, SeamFinder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, SeamFinder(enabled_hosts()))
+            sys.meta_path.insert(0, finder := SeamFinder(enabled_hosts()))
+            # A host that imports torch late may have executed a seam already.
+            for name, host in finder.host_of.items():
+                module = sys.modules.get(name)
+                if module is not None and not getattr(module.__spec__, "_initializing", False):
+                    call_adapter(host, module)
     except Exception as error:
         warnings.warn(f"mm4ke_plugins is switched off: {error!r}")
 
@@ -80,6 +85,15 @@ def call_adapter(host: Host, module) -> None:
 
 def hook_llamafactory() -> None:
     """For a LLaMA-Factory that loads the entry-point group `llamafactory.plugins`: register at once, without a hook."""
-    if LLAMAFACTORY in enabled_hosts():
-        for seam in LLAMAFACTORY.seams:
-            call_adapter(LLAMAFACTORY, importlib.import_module(seam))
+    _hook_at_once(LLAMAFACTORY)
+
+
+def hook_easyedit() -> None:
+    """The same for an EasyEdit that loads the entry-point group `easyeditor.plugins`."""
+    _hook_at_once(EASYEDIT)
+
+
+def _hook_at_once(host: Host) -> None:
+    if host in enabled_hosts():
+        for seam in host.seams:
+            call_adapter(host, importlib.import_module(seam))

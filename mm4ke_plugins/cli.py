@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .errors import report_in_one_line
+from .errors import MM4KEError, report_in_one_line
 
 PATH = click.Path(path_type=Path)
 
@@ -35,7 +35,7 @@ def doctor() -> None:
         finding = examine(host)
         healthy &= finding.healthy
         found = f"{finding.version or '-'} (supported: {host.supported})"
-        click.echo(f"{host.name:<14}{found:<36}{finding.status}")
+        click.echo(f"{host.name:<14}{found:<38}{finding.status}")
     if not healthy:
         raise SystemExit(1)
 
@@ -101,6 +101,102 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
     show(result, Console())
     write_report(result, output)
     click.echo(f"\nwritten: {output / 'comparison.md'}, {output / 'comparison.json'}")
+
+
+@cli.command("prepare-data")
+@click.argument("sources", metavar="SRC...", type=PATH, nargs=-1, required=True)
+@click.option("--output", type=PATH, default="work/general", show_default=True, metavar="DIR")
+def prepare_data(sources: tuple[Path, ...], output: Path) -> None:
+    """Prepare raw benchmark files so that lm-eval's general tasks run without a model hub.
+
+    SRC is a file or a folder that is searched: C-Eval (CSV), CoQA, DROP, SQuAD 2.0, LogiQA, MMLU-Pro and SuperGLUE,
+    as their authors give them or with one record a line. Where lm-eval can reach the hub or has its data already,
+    this isn't needed: use recipes/general.yaml.
+    """
+    from tqdm import tqdm
+
+    from .general.prepare import find_files, read_sources, write_benchmarks
+    from .general.sources import BENCHMARKS
+
+    files = find_files(sources, output)
+    tables, left_out = read_sources(tqdm(files, desc="reading", unit=" files", leave=False))
+    for path in left_out:
+        click.echo(f"left out, not a file that lm-eval's tasks use: {path}")
+    if not tables:
+        raise MM4KEError(f"{', '.join(map(str, sources))}: no raw benchmark file in there; see `mm4ke prepare-data -h`")
+    write_benchmarks(tables, output)
+    counts: dict[tuple[str, str], list[int]] = {}
+    for table in tables:
+        name = f"{table.benchmark} {table.config}" if table.benchmark == "super_glue" else table.benchmark
+        counts.setdefault((name, table.split), []).append(len(table.records))
+    click.echo(f"\n{'benchmark':<24}{'split':<12}{'files':>6}{'records':>9}")
+    for (name, split), records in counts.items():
+        click.echo(f"{name:<24}{split:<12}{len(records):>6}{sum(records):>9}")
+    prepared = {table.benchmark for table in tables}
+    tasks = ",".join(benchmark.task for name, benchmark in BENCHMARKS.items() if name in prepared)
+    click.echo(f"\nlm_eval run --include_path {output} --tasks {tasks} --model_args pretrained=MODEL")
+    click.echo("or what recipes/general-offline.yaml says; for a first look add --limit 50")
+
+
+@cli.command()
+@click.option("--easyedit", type=PATH, envvar="EASYEDIT_HOME", metavar="DIR", help="A clone; or set EASYEDIT_HOME.")
+@click.option("--model", type=PATH, default="work/base", show_default=True, metavar="DIR", help="The base model.")
+@click.option("--data", type=PATH, required=True, metavar="FILE", help="Facts, as `mm4ke facts` reads them.")
+@click.option("--methods", default="MM4KE,FT,LoRA,ROME", show_default=True, metavar="NAMES", help="With commas.")
+@click.option("--n", type=click.IntRange(min=1), metavar="N", help="Edit only the first N records.")
+@click.option("--output", type=PATH, default="work/easyedit", show_default=True, metavar="DIR")
+@click.option("--hparams", type=PATH, default="recipes/easyedit", show_default=True, metavar="DIR")
+@click.option("--hparams-name", default="smollm2-135m", show_default=True, metavar="NAME", help="Whose settings.")
+@click.option("--prompt-format", type=click.Choice(["raw", "chat"]), default="raw", show_default=True)
+@click.option("--text", type=PATH, metavar="FILE", help="Plain text for the statistics of MEMIT and AlphaEdit.")
+def easyedit(methods: str, output: Path, **options) -> None:
+    """Run MM4KE beside EasyEdit's own methods on the same records and compare the models after all edits.
+
+    The settings of a method are in METHOD/NAME.yaml, in the --hparams folder or else in EasyEdit's own. Writes
+    METHOD.json, METHOD.log and table.md to the output folder. Exits with 1 only when every method failed.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    from rich.console import Console
+
+    from .easyedit_benchmark import benchmark, show_table
+
+    names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
+    if not names:
+        raise MM4KEError(f"--methods {methods!r}: no method; give names with commas, such as MM4KE,FT")
+    results = benchmark(methods=names, output=output, **options)
+    show_table(results, Console())
+    click.echo(f"\nwritten: {output / 'table.md'}, {', '.join(f'{name}.json' for name in names)}")
+    if all(result["error"] for result in results):
+        raise SystemExit(1)
+
+
+@cli.command()
+def tasks() -> None:
+    """Print the folder with our tasks for lm-eval: lm_eval run --include_path "$(mm4ke tasks)" --tasks knowedit_zsre
+
+    lm-eval looks up the names of tasks before it loads anything of ours, so this has to be said.
+    """
+    from .hosts.lm_eval import PACKAGE
+
+    click.echo(PACKAGE)
+
+
+@cli.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option("--output", type=PATH, default="work/report", show_default=True, metavar="DIR")
+def report(runs: tuple[str, ...], output: Path) -> None:
+    """Show what an edit taught and what it cost, in one page.
+
+    RUN is a run folder of lm_eval (its --output_path, run with --log_samples) or of `mm4ke easyedit`. NAME=RUN says
+    what the model is called; "base" and "merged" have a meaning. Writes report.html and report.md.
+    """
+    from .report.page import report
+
+    files, warnings = report(list(runs), output)
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo("\n".join(map(str, files)))
 
 
 def main() -> None:

@@ -210,28 +210,42 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
 
 def _common_tokenizer(folders: dict[str, Path]) -> PreTrainedTokenizerBase:
     """The base's tokenizer, after checking that the folders are model folders with one vocabulary."""
-    tokenizers = {}
     for key, folder in folders.items():
-        if not folder.is_dir():
-            raise MM4KEError(f"--{key} {folder}: no such folder; give the folder of the {TITLES[key]} model")
-        if not (folder / "config.json").is_file():
-            raise MM4KEError(f"--{key} {folder}: no config.json in it; give a model folder as transformers saves it")
-        try:
-            tokenizers[key] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise MM4KEError(f"{folder}: transformers can't load its tokenizer: {first_line(error)}") from error
-    base = tokenizers["base"]
-    vocabulary = base.get_vocab()
-    for key, tokenizer in tokenizers.items():
-        other = tokenizer.get_vocab()
-        if differing := sorted(token for token, _ in vocabulary.items() ^ other.items()):
-            raise MM4KEError(
-                f"{folders[key]}: its vocabulary of {len(other)} tokens is not that of {folders['base']} "
-                f"({len(vocabulary)}): {differing[0]!r} differs; compare models that were made from this base"
-            )
+        require_model_folder(folder, f"--{key} {folder}", TITLES[key])
+    base = load_tokenizer(folders["base"])
+    for folder in folders.values():
+        require_same_vocabulary(folder, load_tokenizer(folder), folders["base"], base)
     if not base.chat_template:
         raise MM4KEError(f"{folders['base']}: the tokenizer has no chat template; add a chat_template.jinja")
     return base
+
+
+def require_model_folder(folder: Path, option: str, title: str) -> None:
+    """Refuse what is not the folder of a model. `option` and `title` are what the message calls it."""
+    if not folder.is_dir():
+        raise MM4KEError(f"{option}: no such folder; give the folder of the {title} model")
+    if not (folder / "config.json").is_file():
+        raise MM4KEError(f"{option}: no config.json in it; give a model folder as transformers saves it")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer. Raises MM4KEError when transformers can't load it."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise MM4KEError(f"{folder}: transformers can't load its tokenizer: {first_line(error)}") from error
+
+
+def require_same_vocabulary(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, base_folder: Path, base: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a tokenizer with other tokens or ids than the base's, naming the first that differs."""
+    vocabulary, other = base.get_vocab(), tokenizer.get_vocab()
+    if differing := sorted(token for token, _ in vocabulary.items() ^ other.items()):
+        raise MM4KEError(
+            f"{folder}: its vocabulary of {len(other)} tokens is not that of {base_folder} "
+            f"({len(vocabulary)}): {differing[0]!r} differs; compare models that were made from this base"
+        )
 
 
 def _shape(tensor: torch.Tensor) -> str:

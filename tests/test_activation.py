@@ -15,19 +15,20 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
     return run_command("python", "-c", code, **env)
 
 
-def test_doctor_finds_both_hosts_active():
+def test_doctor_finds_all_hosts_active():
     run = run_command("mm4ke", "doctor")
     assert run.returncode == 0, run.stdout + run.stderr
     lines = {line.split()[0]: line for line in run.stdout.splitlines()}
     assert lines["llamafactory"].endswith(" active")
     assert lines["mergekit"].endswith(" active")
+    assert lines["lm_eval"].endswith(" active")
     assert "0.1.5 (supported: >=0.1.5,<0.1.6)" in lines["mergekit"]
 
 
 def test_doctor_exits_1_when_an_installed_host_is_not_hooked():
     run = run_command("mm4ke", "doctor", TORCH_DEVICE_BACKEND_AUTOLOAD="0", MM4KE_PLUGINS="mergekit")
     assert run.returncode == 1
-    assert "llamafactory  0.9.5 (supported: >=0.9.5,<0.9.6)   switched off by MM4KE_PLUGINS=mergekit" in run.stdout
+    assert "llamafactory  0.9.5 (supported: >=0.9.5,<0.9.6)     switched off by MM4KE_PLUGINS=mergekit" in run.stdout
     assert "not hooked: TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches plugins off" in run.stdout
 
 
@@ -43,7 +44,10 @@ def test_allow_list(allowed, active):
 def test_unknown_host_in_the_allow_list_is_a_warning():
     run = python(SHOW_METHODS, MM4KE_PLUGINS="mergekit,mergkit")
     assert "'mm4ke'" in run.stdout
-    assert "MM4KE_PLUGINS: no host is called mergkit; there are: llamafactory, mergekit, none" in run.stderr
+    assert (
+        "MM4KE_PLUGINS: no host is called mergkit; there are: llamafactory, mergekit, easyedit, lm_eval, none"
+        in run.stderr
+    )
 
 
 def test_importing_torch_imports_no_host_and_no_adapter():
@@ -119,6 +123,6 @@ def test_a_wheel_works_as_the_editable_install_does(tmp_path):
     assert "'mm4ke'" in where.stdout
     doctor = subprocess.run([bin_folder / "mm4ke", "doctor"], cwd=tmp_path, capture_output=True, text=True)
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
-    assert doctor.stdout.count(" active") == 2
+    assert doctor.stdout.count(" active") == 3
     # What the package reads at run time came along.
     assert sorted(path.name for path in (site / "mm4ke_plugins").rglob("*.txt")) == ["neutral_text.txt"]

@@ -6,6 +6,7 @@ has executed it. Adapters import the maths; the maths never imports them, nor do
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from ..errors import MM4KEError
 
@@ -15,14 +16,14 @@ class Host:
     """One program that we extend.
 
     name:         as users write it in MM4KE_PLUGINS
-    distribution: its name on the package index
-    supported:    the versions whose source the adapter was written against (a PEP 440 specifier)
+    distribution: its name on the package index; None for a program that is cloned and has no version
+    supported:    the versions whose source the adapter was written against (a PEP 440 specifier), or the commit
     seams:        modules to wait for. None of them may be able to be half-imported when torch is: a host's
                   package often imports torch, and thereby us, in the middle of its own import
     """
 
     name: str
-    distribution: str
+    distribution: str | None
     supported: str
     seams: tuple[str, ...]
 
@@ -31,12 +32,17 @@ class Host:
         return f"{__name__}.{self.name}"
 
     def installed_version(self) -> str | None:
+        if self.distribution is None:
+            return "a clone" if find_spec(self.seams[0].partition(".")[0]) else None
         try:
             return version(self.distribution)
         except PackageNotFoundError:
             return None
 
     def is_supported(self) -> bool:
+        """Whether the installed version is one we were written for. What has no version is tried."""
+        if self.distribution is None:
+            return True
         from packaging.specifiers import SpecifierSet  # 20 ms that `import torch` need not wait for
 
         return SpecifierSet(self.supported).contains(self.installed_version(), prereleases=True)
@@ -65,4 +71,16 @@ MERGEKIT = Host(
     supported=">=0.1.5,<0.1.6",
     seams=("mergekit.merge_methods.registry", "mergekit.merge"),
 )
-HOSTS = (LLAMAFACTORY, MERGEKIT)
+EASYEDIT = Host(
+    name="easyedit",
+    distribution=None,
+    supported="commit 14cea82",
+    seams=("easyeditor.util.alg_dict", "easyeditor.editors.batch_editor"),
+)
+LM_EVAL = Host(
+    name="lm_eval",
+    distribution="lm_eval",
+    supported=">=0.4.13,<0.4.14",
+    seams=("lm_eval.models", "lm_eval.tasks._index"),
+)
+HOSTS = (LLAMAFACTORY, MERGEKIT, EASYEDIT, LM_EVAL)

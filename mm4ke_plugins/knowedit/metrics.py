@@ -13,13 +13,18 @@ over a record's axes, then over the records that have any. All this follows Easy
 easyeditor/evaluate/evaluate_utils.py, `finalize_locality_metrics` in easyeditor/editors/editor.py and the averages
 of examples/run_knowedit_llama2.py, which takes the first of an answer's aliases as well.
 
-Teacher forcing flatters a model that cannot stop by itself, so there is also `answer`: free generation. And
-`perplexity` shows whether ordinary text became less likely.
+Teacher forcing flatters a model that cannot stop by itself, so there is also `answer`: free generation, and
+`exact_match` for what it says. `ngram_entropy` tells fluent text from repetition, and `perplexity` shows whether
+ordinary text became less likely.
 """
 
 import copy
+import math
 import os
-from collections.abc import Callable, Iterable
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
@@ -115,6 +120,40 @@ def predict(
     questions begin with, such as a chat template's system message, is read once for all.
     `advance` is told after each batch how many questions it had.
     """
+    predicted: list[list[int]] = [[] for _ in encoded]
+    for batch, places, logits in _answer_logits(model, encoded, batch_size):
+        for index, place, row in zip(batch, places, logits.argmax(dim=-1).tolist()):
+            predicted[index] = row[place]
+        advance(len(batch))
+    return predicted
+
+
+@torch.inference_mode()
+def predict_and_score(
+    model: PreTrainedModel,
+    encoded: list[Encoded],
+    *,
+    batch_size: int = 16,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[tuple[list[int], float]]:
+    """`predict`, and beside each question's predictions the log-likelihood of its answer in nats (summed)."""
+    results: list[tuple[list[int], float]] = [([], 0.0) for _ in encoded]
+    for batch, places, logits in _answer_logits(model, encoded, batch_size):
+        for index, place, row, tokens in zip(batch, places, logits, logits.argmax(dim=-1).tolist()):
+            answer_ids = torch.tensor(encoded[index].answer_ids, device=logits.device)[:, None]
+            likelihood = row[place].float().log_softmax(dim=-1).gather(1, answer_ids).sum().item()
+            results[index] = (tokens[place], likelihood)
+        advance(len(batch))
+    return results
+
+
+def _answer_logits(
+    model: PreTrainedModel, encoded: list[Encoded], batch_size: int
+) -> Iterator[tuple[list[int], list[slice], torch.Tensor]]:
+    """For each batch: the questions' places in `encoded`, where each row's answer is, and the logits.
+
+    The logits are (rows, positions, vocabulary) in the model's dtype; row[place] predicts the answer's tokens.
+    """
     # The token before the answer stays in every row: its prediction is wanted.
     shared = os.path.commonprefix([code.ids[: code.answer_start - 1] for code in encoded])
     cache = None
@@ -124,7 +163,6 @@ def predict(
     rows = [code.ids[len(shared) :] for code in encoded]
     starts = [code.answer_start - len(shared) for code in encoded]
 
-    predicted: list[list[int]] = [[] for _ in encoded]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
@@ -142,10 +180,8 @@ def predict(
             use_cache=False,
             logits_to_keep=input_ids.shape[1] - first,
         )
-        for row, index in zip(output.logits.argmax(dim=-1).tolist(), batch):
-            predicted[index] = row[starts[index] - 1 - first : len(rows[index]) - 1 - first]
-        advance(len(batch))
-    return predicted
+        places = [slice(starts[index] - 1 - first, len(rows[index]) - 1 - first) for index in batch]
+        yield batch, places, output.logits
 
 
 def question_scores(
@@ -181,6 +217,39 @@ def mean_scores(questions: list[Question], scores: list[float | None]) -> dict[s
         ]
         means[metric] = fmean(of_records) if of_records else None
     return means
+
+
+def exact_match(text: str, target: str) -> bool:
+    """Whether a free answer says the target and nothing else, after `normalize_answer`: WILD's exact match.
+
+    Source: arXiv 2502.11177, and `exact_match_score` in EasyEdit's easyeditor/evaluate/evaluate_utils.py.
+    """
+    return normalize_answer(text) == normalize_answer(target)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation, without a, an and the, with single spaces: SQuAD's normalization."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def ngram_entropy(text: str) -> float:
+    """EasyEdit's fluency, without its factor of 100: the mean of 2/3 of the bigrams' and 4/3 of the trigrams' entropy.
+
+    In bits. Low for text that repeats itself; 0 for text of less than two words. Words are those of NLTK's
+    tokenizer without its sentence splitter, which needs a download (EasyEdit's splits sentences first, so that a
+    full stop inside the text is a word of its own). Source: `compute_n_gram_entropy` in EasyEdit's
+    easyeditor/evaluate/evaluate_utils.py.
+    """
+    from nltk import ngrams, word_tokenize  # half a second that no other metric should wait for
+
+    words = word_tokenize(text, preserve_line=True)
+    entropies = []
+    for size, weight in ((2, 2 / 3), (3, 4 / 3)):
+        counts = Counter(ngrams(words, size)).values()
+        total = sum(counts)
+        entropies.append(weight * -sum(count / total * math.log2(count / total) for count in counts))
+    return fmean(entropies)
 
 
 @torch.inference_mode()
