@@ -13,13 +13,29 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: edit test clean
 .DELETE_ON_ERROR:
 
-edit: work/comparison/comparison.md
+edit: work/comparison/comparison.md work/report/report.html
 	@cat $<
 	@echo "This table: $<   The edited model: out/"
+	@echo "The report: $(CURDIR)/work/report/report.html"
 
 # What a fact or a recipe changed makes outdated, training must not resume from.
 work/rsft.inputs: recipes/rsft.yaml work/facts/facts.json
 	rm -rf work/rsft
+	@touch $@
+
+work/report/report.html: work/eval/rsft.done work/eval/merged.done
+	mm4ke report R-SFT=work/eval/rsft merged=work/eval/merged --output work/report
+
+# lm-eval adds to a folder with every run; the report is to show the last one only.
+work/eval/rsft.done: recipes/knowedit.yaml work/rsft/trainer_state.json
+	rm -rf work/eval/rsft
+	lm_eval run --config recipes/knowedit.yaml --model_args pretrained=work/rsft,reference=work/base \
+		--output_path work/eval/rsft > /dev/null
+	@touch $@
+
+work/eval/merged.done: recipes/knowedit.yaml out/config.json
+	rm -rf work/eval/merged
+	lm_eval run --config recipes/knowedit.yaml > /dev/null
 	@touch $@
 
 work/comparison/comparison.md: out/config.json

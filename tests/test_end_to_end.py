@@ -25,6 +25,10 @@ def edited(smollm2, tmp_path_factory) -> Path:  # noqa: F811
         ("mergekit-yaml", ROOT / "recipes" / "merge.yaml", "out/"),
         ("mm4ke", "compare", "--base", "work/base", "--rsft", "work/rsft", "--merged", "out", "--facts", FACTS,
          "--limit", "5"),
+        ("lm_eval", "run", "--config", ROOT / "recipes" / "knowedit.yaml", "--include_path", ROOT / "mm4ke_plugins",
+         "--tasks", "knowedit_facts_edit_success,knowedit_facts_edit_success_free",
+         "--metadata", f"knowedit_file={FACTS}", "knowedit_limit=5"),
+        ("mm4ke", "report", "merged=work/eval/merged"),
     ):  # fmt: skip
         run = run_command(*command, cwd=folder)
         assert run.returncode == 0, f"{command}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
@@ -44,6 +48,14 @@ def test_the_facts_are_learned_and_the_rest_is_kept(edited):
     assert models["merged"]["disk"]["changed_tensors"] == models["rsft"]["disk"]["changed_tensors"] == trained
     # density: 0.8 leaves at least a fifth of every trained matrix as it was
     assert models["merged"]["disk"]["changed_parameters"] <= 0.8 * 3 * 576 * 1536 + 3
+
+
+def test_the_report_says_so(edited):
+    lines = (edited / "work" / "report" / "report.md").read_text().splitlines()
+    (scores,) = [line.split("|") for line in lines if line.startswith("| **edit success**")]
+    base, merged = (float(cell) for cell in scores[2:4])
+    assert base < 0.5 and merged >= 0.9
+    assert "<svg" in (edited / "work" / "report" / "report.html").read_text()
 
 
 def test_the_merged_model_says_the_facts_and_stops(edited):
