@@ -26,10 +26,12 @@ work/rsft.inputs: recipes/rsft.yaml work/facts/facts.json
 work/report/report.html: work/eval/rsft.done work/eval/merged.done
 	mm4ke report R-SFT=work/eval/rsft merged=work/eval/merged --output work/report
 
-# lm-eval adds to a folder with every run; the report is to show the last one only.
+# lm-eval adds to a folder with every run; the report is to show the last one only. What the model says freely is
+# asked of the merged one alone, since that takes minutes on a CPU.
 work/eval/rsft.done: recipes/knowedit.yaml work/rsft/trainer_state.json
 	rm -rf work/eval/rsft
 	lm_eval run --config recipes/knowedit.yaml --model_args pretrained=work/rsft,reference=work/base \
+		--tasks 'knowedit_facts_edit_success,knowedit_facts_generalization,knowedit_facts_portability_[!f]*,knowedit_facts_locality_*' \
 		--output_path work/eval/rsft > /dev/null
 	@touch $@
 

@@ -3,10 +3,14 @@
     rsft.py         Algorithm 1: robust supervised fine-tuning, one visit of one sample
     delta.py        Equations 5 and 6: the knowledge delta, its top-p entries, its weight
     layers.py       which parameters are "the FFN of layer n"
-    files.py        writing a file at once
+    editing.py      both on a model in memory
     activation.py   how unmodified hosts find us
     hosts/          one thin adapter for each host
-    knowedit/       KnowEdit records and EasyEdit's metrics
+    knowedit/       KnowEdit records, EasyEdit's metrics, and lm-eval's tasks for them
+    general/        lm-eval's benchmarks of general ability from raw files
+    report/         one page of what the runs say
+    comparison.py   base, R-SFT and merged model side by side, without another host
+    easyedit_*.py   MM4KE beside EasyEdit's own methods
     cli.py          the `mm4ke` command
 
 Importing this package imports neither torch nor a host.
