@@ -123,7 +123,9 @@ def prepare_data(sources: tuple[Path, ...], output: Path) -> None:
     for path in left_out:
         click.echo(f"left out, not a file that lm-eval's tasks use: {path}")
     if not tables:
-        raise MM4KEError(f"{', '.join(map(str, sources))}: no raw benchmark file in there; see `mm4ke prepare-data -h`")
+        raise MM4KEError(
+            f"{', '.join(map(str, sources))}: no raw benchmark file in there; see `mm4ke prepare-data -h`"
+        )
     write_benchmarks(tables, output)
     counts: dict[tuple[str, str], list[int]] = {}
     for table in tables:

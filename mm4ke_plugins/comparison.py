@@ -160,7 +160,7 @@ def disk_change(base: Path, folder: Path) -> dict[str, Any]:
     Raises MM4KEError, naming the file or the tensor, for unreadable files and for other shapes than the base's.
     """
     with ExitStack() as stack:
-        before, after = _open_tensors(base, stack), _open_tensors(folder, stack)
+        before, after = open_tensors(base, stack), open_tensors(folder, stack)
         parameters, changed = 0, {}
         for name, file in after.items():
             tensor = file.get_tensor(name)
@@ -185,7 +185,7 @@ def disk_change(base: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
+def open_tensors(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
     """The open safetensors file of each tensor of a model folder, by the tensor's name."""
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
@@ -276,12 +276,12 @@ def show(result: dict[str, Any], console: Console) -> None:
 def write_report(result: dict[str, Any], folder: Path) -> None:
     """Write comparison.json (all of `compare`) and comparison.md (what `show` prints) to `folder`."""
     lines = ["# Free answers (chat template)", ""]
-    lines += _markdown_table(
+    lines += markdown_table(
         ["fact", "right answer", *TITLES.values()],
         [[row["prompt"], row["target_new"], *(row[key] for key in TITLES)] for row in result["answers"]],
     )
     lines += ["", f"# {_scores_title(result)}", ""]
-    lines += _markdown_table(["", *TITLES.values()], [row for rows in _score_sections(result) for row in rows])
+    lines += markdown_table(["", *TITLES.values()], [row for rows in _score_sections(result) for row in rows])
     lines += ["", *(f"- {line}" for line in _changes(result)), ""]
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "comparison.md", "\n".join(lines))
@@ -332,7 +332,7 @@ def _changes(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     cells = [header, ["---"] * len(header)]
     cells += [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in cells]
