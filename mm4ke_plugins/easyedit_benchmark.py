@@ -27,8 +27,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from . import __version__
-from .comparison import markdown_table
-from .comparison import load_model, load_tokenizer, require_model_folder
+from .comparison import load_model, load_tokenizer, markdown_table, require_model_folder
 from .easyedit_worker import Job
 from .errors import MM4KEError, first_line
 from .files import replace_text
