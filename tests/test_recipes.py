@@ -7,6 +7,7 @@ import yaml
 from conftest import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+COMMANDS = {"rsft": "llamafactory-cli train", "merge": "mergekit-yaml"}
 
 
 def name(path: Path) -> str:
@@ -23,8 +24,11 @@ def test_there_are_recipes_for_the_default_model_and_the_papers():
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_the_header_gives_the_exact_command(path):
-    command = {"rsft": "llamafactory-cli train ", "merge": "mergekit-yaml "}[path.stem] + name(path)
     header = path.read_text().partition("\n\n")[0]
+    if "easyedit" in path.parts:
+        command = f"mm4ke easyedit --easyedit ../EasyEdit --data ZsRE-test-all.json --n 10 --methods {path.parent.name}"
+    else:
+        command = f"{COMMANDS.get(path.stem, 'lm_eval run --config')} {name(path)}"
     assert f"#     {command}" in header
     assert "# Needs:" in header and "# Takes:" in header
 
