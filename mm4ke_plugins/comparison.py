@@ -213,7 +213,7 @@ def _common_tokenizer(folders: dict[str, Path]) -> PreTrainedTokenizerBase:
     for key, folder in folders.items():
         require_model_folder(folder, f"--{key} {folder}", TITLES[key])
     base = load_tokenizer(folders["base"])
-    for folder in folders.values():
+    for folder in (folder for key, folder in folders.items() if key != "base"):
         require_same_vocabulary(folder, load_tokenizer(folder), folders["base"], base)
     if not base.chat_template:
         raise MM4KEError(f"{folders['base']}: the tokenizer has no chat template; add a chat_template.jinja")
