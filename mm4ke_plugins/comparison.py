@@ -18,10 +18,11 @@ from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from .checkpoint import open_tensors
 from .errors import MM4KEError, first_line
 from .files import replace_text
 from .knowedit.metrics import (
@@ -183,29 +184,6 @@ def disk_change(base: Path, folder: Path) -> dict[str, Any]:
         "changed_parameters": sum(changed.values()),
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
     }
-
-
-def open_tensors(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
-    """The open safetensors file of each tensor of a model folder, by the tensor's name."""
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MM4KEError(f"{index}: not an index of safetensors files: {first_line(error)}") from error
-    tensors = {}
-    for name in sorted(names):
-        try:
-            file = stack.enter_context(safe_open(folder / name, framework="pt"))
-        except FileNotFoundError:
-            raise MM4KEError(f"{folder / name}: no such file; save the model in safetensors format") from None
-        except (OSError, SafetensorError) as error:
-            raise MM4KEError(
-                f"{folder / name}: not a readable safetensors file: {first_line(error)}; copy or save it again"
-            ) from error
-        tensors |= dict.fromkeys(file.keys(), file)
-    return tensors
 
 
 def _common_tokenizer(folders: dict[str, Path]) -> PreTrainedTokenizerBase:

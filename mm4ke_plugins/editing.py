@@ -16,12 +16,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from .comparison import open_tensors
+from .checkpoint import open_tensors
 from .delta import equal, merge
 from .errors import MM4KEError
+from .fast_forward import IGNORED, FastForward, Sample, active_dropout, samples_of
+from .fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB, Visitor
 from .knowedit.metrics import Encoded, Question, encode
 from .layers import ffn_parameter_names
-from .rsft import EpochBooks, visit_sample
+from .lookahead import Lookahead
+from .rsft import EpochBooks, LossNotFinite
 
 MAX_GRAD_NORM = 1.0
 
@@ -71,17 +74,21 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[En
     trained = [parameters[name] for name in names]
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     was_training = model.training
-    device_type = model.device.type
     mixed = any(parameter.dtype != torch.float32 for parameter in parameters.values())
 
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
     schedule = get_scheduler("cosine", optimizer, 0, settings.num_epochs * len(facts))
+    batches = [[_sample(fact, model.device)] for fact in facts]
+    thresholds = {"loss_threshold": settings.loss_threshold, "steps_per_sample": settings.steps_per_sample}
+    dtype = torch.bfloat16 if mixed else torch.float32
 
-    def update(loss: torch.Tensor) -> None:
-        loss.backward()
+    def plain_losses(fact: Encoded) -> torch.Tensor:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=mixed):
+            return answer_loss(model, fact)[None]
+
+    def step() -> None:
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
-        optimizer.zero_grad()
 
     bar = tqdm(total=settings.num_epochs * len(facts), desc="R-SFT", unit="visit")
     try:
@@ -89,22 +96,22 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[En
         for parameter in trained:
             parameter.requires_grad_(True)
         model.train()
+        fast = None
+        if not active_dropout(model):
+            fast = FastForward(model, min(settings.layers), PREFIX_CACHE_MB * 2**20, autocast=mixed)
+        visitor = Visitor(fast, Lookahead(LOOKAHEAD, settings.loss_threshold, dtype), **thresholds)
         for _ in range(settings.num_epochs):
             books = EpochBooks()
             for index, fact in enumerate(facts):
-
-                def loss_of_sample(fact=fact) -> torch.Tensor:
-                    with torch.autocast(device_type, dtype=torch.bfloat16, enabled=mixed):
-                        return answer_loss(model, fact)
-
                 try:
-                    visit = visit_sample(
-                        loss_of_sample,
-                        update,
-                        loss_threshold=settings.loss_threshold,
-                        steps_per_sample=settings.steps_per_sample,
+                    visit = visitor.visit(
+                        batches[index : index + LOOKAHEAD],
+                        plain_losses=lambda indices, fact=fact: plain_losses(fact),
+                        backward=torch.Tensor.backward,
+                        step=step,
+                        zero_grad=optimizer.zero_grad,
                     )
-                except FloatingPointError as error:
+                except LossNotFinite as error:
                     raise FloatingPointError(f"fact {index} (0-based): {error}") from None
                 schedule.step()
                 books.enter(visit)
@@ -119,6 +126,14 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[En
             parameter.requires_grad_(flags[name])
             if name in names:
                 parameter.grad = None
+
+
+def _sample(fact: Encoded, device: torch.device) -> Sample:
+    ids = torch.tensor([fact.ids])
+    labels = ids.clone()
+    labels[:, : fact.answer_start] = IGNORED
+    (sample,) = samples_of({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}, device)
+    return sample
 
 
 def answer_loss(model: PreTrainedModel, fact: Encoded) -> torch.Tensor:
@@ -213,7 +228,7 @@ def changed_tensors(model: PreTrainedModel, folder: Path) -> dict[str, torch.Ten
     the two has, another shape.
     """
     if not folder.is_dir():
-        raise MM4KEError(f"{folder}: no such folder; give the folder of a merged model")
+        raise MM4KEError(f"{folder}: no such folder; give the folder of a merged model, or a knowledge delta")
     state = model.state_dict()
     changed = {}
     with ExitStack() as stack:

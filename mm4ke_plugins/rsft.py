@@ -1,7 +1,7 @@
 """Algorithm 1: robust supervised fine-tuning (R-SFT), in pure torch.
 
     for every epoch, for every sample:                      the caller's loop
-        for at most `steps_per_sample` (K) times:           visit_sample
+        for at most `steps_per_sample` (K) times:           visit
             loss = mean token cross-entropy of the answer
             stop if loss < `loss_threshold` (tau)
             update the parameters
@@ -9,63 +9,91 @@
 A visit that stops at once leaves the model as it was, so facts that are already known cost one forward and
 are not trained into the ground. The test comes before the update: a visit that uses up its K updates has not
 seen the loss after the last one. Source: arXiv 2506.12384, Algorithm 1, lines 6-12.
+
+A visit may be of several samples, the breadth-first way of LocFT-BF (arXiv 2509.22072): one update trains all of them
+that are not under tau yet, each judged by its own loss.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 
+class LossNotFinite(FloatingPointError):
+    """A loss is NaN or infinite. `index` says which sample's of the visit."""
+
+    def __init__(self, loss: float, updates: int, index: int):
+        super().__init__(f"the loss is {loss} after {updates} updates of this sample")
+        self.index = index
+
+
 @dataclass(frozen=True)
 class Visit:
-    """What one visit of one sample did.
+    """What one visit did. The lists have one entry for each sample.
 
-    updates:    how often the parameters were updated, 0 ... K
-    first_loss: the loss on arrival, before any update of this visit (nats per token)
-    final_loss: the last loss that was computed (nats per token)
-    converged:  final_loss < loss_threshold
+    updates:      how often the parameters were updated, 0 ... K
+    first_losses: the losses on arrival, before any update of this visit (nats per token)
+    final_losses: the last losses that were computed (nats per token)
+    already_converged, converged: the first, the final loss is under the threshold
     """
 
     updates: int
-    first_loss: float
-    final_loss: float
-    converged: bool
+    first_losses: list[float]
+    final_losses: list[float]
+    already_converged: list[bool]
+    converged: list[bool]
 
 
-def visit_sample(
-    loss_of_sample: Callable[[], torch.Tensor],
-    update: Callable[[torch.Tensor], None],
+def visit(
+    losses_of: Callable[[list[int]], torch.Tensor],
+    update: Callable[[torch.Tensor, list[int]], None],
+    arrival: Sequence[float | None],
     *,
     loss_threshold: float,
     steps_per_sample: int,
 ) -> Visit:
-    """Train one sample for at most `steps_per_sample` updates, and stop as soon as its loss is under the threshold.
+    """Train samples for at most `steps_per_sample` updates, and leave each as soon as its loss is under the threshold.
 
-    loss_of_sample: computes the sample's loss under the current parameters, a scalar tensor with a graph
-    update:         takes that loss and updates the parameters: backward, clip, optimizer step, zero_grad
+    losses_of: computes the losses of the samples with these indices under the current parameters, a tensor of one
+               dimension with a graph
+    update:    takes the mean loss of the samples that are not under the threshold, a scalar, and their indices, and
+               updates the parameters: backward, clip, optimizer step, zero_grad
+    arrival:   one entry for each sample: its loss where that is known to be under the threshold, otherwise None
     loss_threshold: tau > 0, in nats per token
     steps_per_sample: K >= 1
 
-    Raises FloatingPointError when the loss is NaN or infinite; the parameters are then those that gave this loss.
+    Raises LossNotFinite when a loss is NaN or infinite; the parameters are then those that gave this loss.
     """
-    for step in range(steps_per_sample):
-        loss = loss_of_sample()
-        final_loss = loss.item()
-        if step == 0:
-            first_loss = final_loss
-        if not math.isfinite(final_loss):
-            raise FloatingPointError(f"the loss is {final_loss} after {step} updates of this sample")
-        if final_loss < loss_threshold:
-            return Visit(step, first_loss, final_loss, converged=True)
-        update(loss)
-    return Visit(steps_per_sample, first_loss, final_loss, converged=False)
+    losses = list(arrival)
+    first_losses = losses
+    active = [index for index, loss in enumerate(arrival) if loss is None]
+    updates = 0
+    while active and updates < steps_per_sample:
+        current = losses_of(active)
+        losses = list(losses)
+        for index, loss in zip(active, current.tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise LossNotFinite(loss, updates, index)
+            losses[index] = loss
+        if updates == 0:
+            first_losses = losses
+        above = [row for row, index in enumerate(active) if losses[index] >= loss_threshold]
+        active = [active[row] for row in above]
+        if active:
+            update(current[above].mean(), active)
+            updates += 1
+    already_converged, converged = ([loss < loss_threshold for loss in part] for part in (first_losses, losses))
+    return Visit(updates, first_losses, losses, already_converged, converged)
 
 
 @dataclass
 class EpochBooks:
-    """The sums over one epoch's visits. JSON-serializable by `asdict`, so that an epoch can be resumed midway."""
+    """The sums over one epoch's visits. JSON-serializable by `asdict`, so that an epoch can be resumed midway.
+
+    A visit of several samples counts as that many visits; an update of several samples is one update.
+    """
 
     visits: int = 0
     updates: int = 0
@@ -75,12 +103,12 @@ class EpochBooks:
     max_final_loss: float = 0.0
 
     def enter(self, visit: Visit) -> None:
-        self.visits += 1
+        self.visits += len(visit.final_losses)
         self.updates += visit.updates
-        self.already_converged += visit.converged and visit.updates == 0
-        self.converged += visit.converged
-        self.final_loss_sum += visit.final_loss
-        self.max_final_loss = max(self.max_final_loss, visit.final_loss)
+        self.already_converged += sum(visit.already_converged)
+        self.converged += sum(visit.converged)
+        self.final_loss_sum += sum(visit.final_losses)
+        self.max_final_loss = max(self.max_final_loss, *visit.final_losses)
 
     def summary(self) -> dict[str, float]:
         """The books of a finished epoch: counts, the fraction of visits that ended under tau, losses in nats."""

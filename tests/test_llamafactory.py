@@ -1,5 +1,6 @@
 """R-SFT through LLaMA-Factory's own parser, loader, trainer and command."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,10 @@ from safetensors.torch import load_file
 from test_rsft import algorithm_1
 from tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
+
+from mm4ke_plugins.editing import answer_loss
+from mm4ke_plugins.fast_forward import FastForward
+from mm4ke_plugins.hosts.llamafactory_recipe import RsftArguments
 
 os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
 
@@ -133,6 +138,78 @@ def test_same_updates_and_same_weights_as_algorithm_1(recipe):
     assert any(entry["rsft_already_converged"] for entry in books)  # and some needed none
 
 
+@pytest.mark.parametrize("change", [{}, {"rsft_lookahead": 1}, {"rsft_lookahead": 100, "rsft_prefix_cache_mb": 1}])
+def test_the_fast_paths_are_taken_and_change_nothing(recipe, change, monkeypatch, caplog):
+    scored = []
+    losses = FastForward.losses
+
+    def count(self, samples):
+        scored.append((torch.is_grad_enabled(), len(samples)))
+        return losses(self, samples)
+
+    monkeypatch.setattr(FastForward, "losses", count)
+    recipe |= {"num_train_epochs": 40, "rsft_loss_threshold": 0.6}
+    weights, books = train(recipe | change)
+    assert not [record for record in caplog.records if record.name.startswith("mm4ke")]  # no warning
+    windows = {size for has_graph, size in scored[1:] if not has_graph}
+    assert windows == (set() if change.get("rsft_lookahead") == 1 else {2})
+
+    monkeypatch.setattr("mm4ke_plugins.hosts.llamafactory.FastForward", lambda *args: None)
+    expected, plain_books = train(recipe | {"output_dir": recipe["output_dir"] + "-plain"})
+    assert [entry["rsft_updates"] for entry in books] == [entry["rsft_updates"] for entry in plain_books]
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_breadth_first_trains_the_unconverged_facts_of_a_batch_together(recipe):
+    """Against a literal loop in which every fact is computed by itself, without padding."""
+    recipe |= {"rsft_steps_per_sample": 1, "per_device_train_batch_size": 2, "num_train_epochs": 40}
+    recipe |= {"lr_scheduler_type": "constant", "max_grad_norm": 0, "weight_decay": 0}
+    weights, books = train(recipe)
+
+    from test_editing import llamafactory_facts
+
+    facts = llamafactory_facts(recipe | {"output_dir": recipe["output_dir"] + "-facts"})
+    model = AutoModelForCausalLM.from_pretrained(recipe["model_name_or_path"], dtype=torch.float32).train()
+    trained = {name: model.get_parameter(name) for name in TRAINED}
+    optimizer = torch.optim.AdamW(trained.values(), lr=recipe["learning_rate"], weight_decay=0)
+    updates = []
+    for _ in range(len(books)):
+        updates.append(0)
+        for batch in (facts[:2], facts[2:]):
+            losses = torch.stack([answer_loss(model, fact) for fact in batch])
+            if len(above := losses[losses >= recipe["rsft_loss_threshold"]]):
+                model.zero_grad()
+                above.mean().backward()
+                optimizer.step()
+                updates[-1] += 1
+    assert [entry["rsft_updates"] for entry in books] == updates
+    assert [entry["rsft_visits"] for entry in books] == [3] * len(books)
+    assert updates[-1] == 0 < sum(updates) < 2 * len(books)
+    for name, parameter in trained.items():
+        torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_rules_the_fast_paths_out(recipe, tmp_path):
+    from mm4ke_plugins.errors import MM4KEError
+
+    base = make_tiny_model(tmp_path / "dropout", attention_dropout=0.25)
+    recipe |= {"model_name_or_path": str(base), "num_train_epochs": 1}
+    for key, value in (("rsft_lookahead", 4), ("rsft_prefix_cache_mb", 64)):
+        with pytest.raises(MM4KEError, match=rf"{key}: {value}: this model has dropout \(model.*_dropout: 0.25\)"):
+            train(recipe | {key: value})
+    _, books = train(recipe | {"rsft_lookahead": 1})
+    assert books[0]["rsft_updates"] > 0
+
+
+def test_gradient_checkpointing_computes_the_whole_model(recipe):
+    weights, books = train(recipe | {"num_train_epochs": 2})
+    again = recipe | {"disable_gradient_checkpointing": False, "output_dir": recipe["output_dir"] + "-checkpointing"}
+    checkpointed, other_books = train(again | {"num_train_epochs": 2})
+    assert [entry["rsft_updates"] for entry in books] == [entry["rsft_updates"] for entry in other_books]
+    for name in TRAINED:
+        torch.testing.assert_close(checkpointed[name], weights[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
 def test_families_train_only_the_named_part(recipe, tmp_path, family):
     base = make_tiny_model(tmp_path / family, family, tie_word_embeddings=True)
@@ -218,7 +295,7 @@ def test_help_and_the_other_commands_know_the_keys(recipe):
     from llamafactory.hparams import get_infer_args
 
     run = run_command("llamafactory-cli", "train", "--help")
-    for key in ("rsft", "rsft_layers", "rsft_modules", "rsft_steps_per_sample", "rsft_loss_threshold"):
+    for key in [field.name for field in dataclasses.fields(RsftArguments)]:
         assert f"--{key} " in run.stdout
     keep = {key: recipe[key] for key in recipe if key.startswith("rsft") or key in ("model_name_or_path", "template")}
     finetuning_args = get_infer_args(keep)[2]
@@ -264,7 +341,12 @@ BAD_VALUES = [
     ({"rsft_loss_threshold": float("nan")}, "rsft_loss_threshold: nan: give a finite loss above 0"),
     ({"rsft_loss_threshold": "low"}, "rsft_loss_threshold: low: give a finite loss above 0"),
     ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 2: with rsft: true it must be 1"),
-    ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: 4: with rsft: true it must be 1"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: 0: give a whole number of at least 1"),
+    ({"per_device_train_batch_size": -2}, "per_device_train_batch_size: -2: give a whole number of at least 1"),
+    ({"rsft_lookahead": 0}, "rsft_lookahead: 0: give a whole number of at least 1, which switches it off"),
+    ({"rsft_lookahead": -8}, "rsft_lookahead: -8: give a whole number of at least 1"),
+    ({"rsft_prefix_cache_mb": 0}, "rsft_prefix_cache_mb: 0: give a whole number of megabytes, at least 1"),
+    ({"rsft_prefix_cache_mb": -1}, "rsft_prefix_cache_mb: -1: give a whole number of megabytes, at least 1"),
     ({"packing": True}, "packing: True: with rsft: true it must be false"),
     ({"neat_packing": True}, "packing: True: with rsft: true it must be false"),
     ({"stage": "pt"}, 'stage: pt: with rsft: true it must be "sft"'),

@@ -7,7 +7,7 @@ import torch
 from tiny import make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from mm4ke_plugins.rsft import EpochBooks, Visit, visit_sample
+from mm4ke_plugins.rsft import EpochBooks, LossNotFinite, Visit, visit
 
 FACTS = ["Who rules Oz? Tark", "Where is Oz? Up", "What is Oz? A box", "Who rules Oz? Tark"]
 
@@ -33,15 +33,18 @@ def visit_every_sample(model, samples, optimizer, E, K, tau):
     for epoch in range(E):
         for i, sample in enumerate(samples):
 
-            def update(loss):
+            def update(loss, indices):
+                assert indices == [0]
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 updates.append((epoch, i, len([u for u in updates if u[:2] == (epoch, i)])))
 
-            visit = visit_sample(lambda: model(**sample).loss, update, loss_threshold=tau, steps_per_sample=K)
-            assert visit.updates == len([u for u in updates if u[:2] == (epoch, i)])
-            assert visit.converged == (visit.final_loss < tau)
+            visited = visit(
+                lambda _: model(**sample).loss[None], update, [None], loss_threshold=tau, steps_per_sample=K
+            )
+            assert visited.updates == len([u for u in updates if u[:2] == (epoch, i)])
+            assert visited.converged == [visited.final_losses[0] < tau]
     return updates
 
 
@@ -71,38 +74,99 @@ def test_same_updates_and_same_weights_as_algorithm_1(model_and_samples):
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
 
 
+def visit_with(losses, **settings):
+    """A visit of samples whose losses are these rows, one after each update; and what was asked for and updated."""
+    rows = iter(losses)
+    asked, updated = [], []
+
+    def losses_of(indices):
+        asked.append(indices)
+        row = next(rows)
+        return torch.tensor([row[index] for index in indices])
+
+    def update(loss, indices):
+        updated.append((indices, loss.item()))
+
+    arrival = settings.pop("arrival", [None] * len(losses[0]))
+    return (
+        visit(losses_of, update, arrival, **({"loss_threshold": 0.5, "steps_per_sample": 6} | settings)),
+        asked,
+        updated,
+    )
+
+
 def test_a_converged_sample_is_not_updated():
-    visit = visit_sample(lambda: torch.tensor(0.05), pytest.fail, loss_threshold=0.1, steps_per_sample=6)
-    assert visit == Visit(updates=0, first_loss=pytest.approx(0.05), final_loss=pytest.approx(0.05), converged=True)
+    visited, _, updated = visit_with([[0.25]])
+    assert visited == Visit(0, [0.25], [0.25], already_converged=[True], converged=[True])
+    assert updated == []
 
 
 def test_a_loss_equal_to_the_threshold_is_trained():
-    updates = []
-    visit = visit_sample(lambda: torch.tensor(0.5), updates.append, loss_threshold=0.5, steps_per_sample=3)
-    assert len(updates) == visit.updates == 3
-    assert not visit.converged
+    visited, _, updated = visit_with([[0.5]] * 3, steps_per_sample=3)
+    assert len(updated) == visited.updates == 3
+    assert visited.converged == [False]
+
+
+def test_each_sample_of_a_batch_is_judged_by_its_own_loss():
+    visited, asked, updated = visit_with(
+        [[2.0, 0.25, 4.0, 1.0], [1.0, 9, 0.25, 1.0], [0.25, 9, 9, 3.0]], steps_per_sample=3
+    )
+    assert asked == [[0, 1, 2, 3], [0, 2, 3], [0, 3]]  # who is done is not computed again
+    assert updated == [([0, 2, 3], pytest.approx(7 / 3)), ([0, 3], 1.0), ([3], 3.0)]
+    assert visited == Visit(
+        3,
+        [2.0, 0.25, 4.0, 1.0],
+        [0.25, 0.25, 0.25, 3.0],
+        already_converged=[False, True, False, False],
+        converged=[True, True, True, False],
+    )
+
+
+def test_one_step_a_visit_is_breadth_first():
+    visited, asked, updated = visit_with([[2.0, 0.25, 4.0]], steps_per_sample=1)
+    assert asked == [[0, 1, 2]]
+    assert updated == [([0, 2], 3.0)]
+    assert visited.final_losses == [2.0, 0.25, 4.0]
+
+
+def test_samples_known_to_be_converged_are_not_computed():
+    visited, asked, updated = visit_with([[9, 2.0], [9, 0.25]], arrival=[0.125, None])
+    assert asked == [[1], [1]]
+    assert updated == [([1], 2.0)]
+    assert visited.first_losses == [0.125, 2.0]
+    assert visited.final_losses == [0.125, 0.25]
+    visited, asked, updated = visit_with([[9]], arrival=[0.125])
+    assert asked == updated == []
+    assert visited == Visit(0, [0.125], [0.125], already_converged=[True], converged=[True])
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_before_the_update(loss):
-    losses = iter([torch.tensor(2.0), torch.tensor(loss)])
     updates = []
-    with pytest.raises(FloatingPointError, match=f"{loss} after 1 updates"):
-        visit_sample(lambda: next(losses), updates.append, loss_threshold=0.1, steps_per_sample=6)
+    rows = iter([torch.tensor([1.0, 2.0]), torch.tensor([0.75, loss])])
+    with pytest.raises(LossNotFinite, match=f"{loss} after 1 updates") as error:
+        visit(
+            lambda _: next(rows),
+            lambda loss, indices: updates.append(loss),
+            [None, None],
+            loss_threshold=0.5,
+            steps_per_sample=6,
+        )
     assert len(updates) == 1
+    assert error.value.index == 1
 
 
 def test_books_of_an_epoch():
     books = EpochBooks()
-    books.enter(Visit(updates=0, first_loss=0.05, final_loss=0.05, converged=True))
-    books.enter(Visit(updates=3, first_loss=2.0, final_loss=0.09, converged=True))
-    books.enter(Visit(updates=6, first_loss=4.0, final_loss=0.46, converged=False))
+    books.enter(Visit(0, [0.05], [0.05], already_converged=[True], converged=[True]))
+    books.enter(Visit(3, [2.0, 0.02], [0.09, 0.02], already_converged=[False, True], converged=[True, True]))
+    books.enter(Visit(6, [4.0], [0.44], already_converged=[False], converged=[False]))
     assert books.summary() == {
-        "visits": 3,
+        "visits": 4,
         "updates": 9,
-        "already_converged": 1,
-        "converged_fraction": pytest.approx(2 / 3),
-        "mean_final_loss": pytest.approx(0.2),
-        "max_final_loss": 0.46,
+        "already_converged": 2,
+        "converged_fraction": pytest.approx(3 / 4),
+        "mean_final_loss": pytest.approx(0.15),
+        "max_final_loss": 0.44,
     }
     assert EpochBooks(**books.to_dict()) == books

@@ -6,10 +6,13 @@ Three seams of LLaMA-Factory 0.9.5, each replaced in the module that looks it up
     llamafactory.model.adapter        what is trained        _setup_freeze_tuning selects the FFN of rsft_layers
     llamafactory.train.sft.workflow   how it is trained      CustomSeq2SeqTrainer visits instead of stepping
 
-One step of the Trainer is one visit of one fact. So the learning-rate schedule, logging, saving and resuming
-count visits, and the Trainer's own optimizer.step() after the visit finds no gradients and does nothing.
+One step of the Trainer is one visit of one fact, or of one batch of them. So the learning-rate schedule, logging,
+saving and resuming count visits, and the Trainer's own optimizer.step() after the visit finds no gradients and does
+nothing.
 """
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +20,11 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..errors import MM4KEError, report_in_one_line
+from ..fast_forward import FastForward, active_dropout, answer_losses, samples_of
+from ..fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB, Visitor
 from ..layers import ffn_parameter_names
-from ..rsft import EpochBooks, Visit, visit_sample
+from ..lookahead import Lookahead
+from ..rsft import EpochBooks, LossNotFinite, Visit
 from . import LLAMAFACTORY
 from .llamafactory_recipe import RsftArguments, check_recipe, recipe_name
 
@@ -86,8 +92,11 @@ def substitute_trainer(workflow) -> None:
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
             self._refuse_mixed_dtypes()
-            self.visit: Visit | None = None
+            self.visited: Visit | None = None
             self.visit_grad_norm: torch.Tensor | float | None = None
+            self.visitor = make_visitor(self)
+            self.batches: Iterator | None = None  # an epoch's
+            self.fetched: deque[tuple[dict, list]] = deque()  # of these, the current one and the next: batch, samples
             self.add_callback(RsftCallback(self, workflow.logger))
 
         def _refuse_mixed_dtypes(self) -> None:
@@ -99,33 +108,66 @@ def substitute_trainer(workflow) -> None:
                     "(GPU), or save the model in float32 first (CPU, where that is also faster)"
                 )
 
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            """Hand out the next batch, having fetched as many after it as the lookahead may want."""
+            if epoch_iterator is not self.batches:
+                self.batches = epoch_iterator
+                self.fetched.clear()
+            elif self.fetched:
+                self.fetched.popleft()
+            while sum(len(samples) for _, samples in self.fetched) < max(1, self.visitor.lookahead.limit):
+                if (batch := next(epoch_iterator, None)) is None:
+                    break
+                self.fetched.append((batch, self._samples_of(batch)))
+            return super().get_batch_samples((batch for batch, _ in list(self.fetched)[:1]), num_batches, device)
+
+        def _samples_of(self, batch) -> list:
+            samples = samples_of(batch, self.args.device)
+            if samples is None:
+                self.visitor.fast = None
+                samples = [None] * len(batch["input_ids"])
+                if len(samples) > 1:
+                    raise MM4KEError(
+                        f"{recipe_name()}: per_device_train_batch_size: {self.args.per_device_train_batch_size}: the "
+                        f"batches of this model have {', '.join(batch)}, or a fact has no answer within cutoff_len; "
+                        "give 1"
+                    )
+            return samples
+
         def training_step(self, model, inputs, num_items_in_batch=None):
-            """One visit. Returns the loss on arrival, as an ordinary training step does."""
+            """One visit. Returns the mean loss on arrival, as an ordinary training step does."""
             model.train()
             inputs = self._prepare_inputs(inputs)
             self.visit_grad_norm = 0.0
             try:
-                # Without num_items_in_batch the model returns the mean over the answer's tokens.
-                self.visit = visit_sample(
-                    lambda: self.compute_loss(model, inputs),
-                    lambda loss: self._update(model, loss),
-                    loss_threshold=self.finetuning_args.rsft_loss_threshold,
-                    steps_per_sample=self.finetuning_args.rsft_steps_per_sample,
+                self.visited = self.visitor.visit(
+                    [samples for _, samples in self.fetched],
+                    plain_losses=lambda indices: self._plain_losses(model, inputs, indices),
+                    backward=self.accelerator.backward,
+                    step=lambda: self._step(model),
+                    zero_grad=model.zero_grad,
                 )
-            except FloatingPointError as error:
-                text = self.processing_class.decode(inputs["input_ids"][0], skip_special_tokens=True)
+            except LossNotFinite as error:
+                text = self.processing_class.decode(inputs["input_ids"][error.index], skip_special_tokens=True)
                 raise MM4KEError(
                     f"{recipe_name()}: learning_rate: {self.args.learning_rate}: {error} (visit "
                     f"{self.state.global_step + 1}, {' '.join(text.split())[:120]!r}); give a lower learning rate"
                 ) from None
-            return torch.tensor(self.visit.first_loss, device=self.args.device)
+            losses = self.visited.first_losses
+            return torch.tensor(sum(losses) / len(losses), device=self.args.device)
 
-        def _update(self, model, loss) -> None:
-            self.accelerator.backward(loss)
+        def _plain_losses(self, model, inputs, indices) -> torch.Tensor:
+            if len(inputs["input_ids"]) == 1:
+                # Without num_items_in_batch the model returns the mean over the answer's tokens.
+                return self.compute_loss(model, inputs).reshape(1)
+            labels = inputs["labels"][indices]
+            part = {key: value[indices] for key, value in inputs.items() if key != "labels"}
+            return answer_losses(model(**part).logits, labels)
+
+        def _step(self, model) -> None:
             if self.args.max_grad_norm > 0:
                 self.visit_grad_norm = self._clip_grad_norm(model)
             self.optimizer.step()
-            model.zero_grad()
 
         def _get_grad_norm(self, model, grad_norm=None):
             # The gradients were used and cleared within the visit: log the last ones, not the norm of nothing.
@@ -136,6 +178,35 @@ def substitute_trainer(workflow) -> None:
         return cls(finetuning_args=finetuning_args, **kwargs)
 
     workflow.CustomSeq2SeqTrainer = trainer
+
+
+def make_visitor(trainer) -> Visitor:
+    """With the fast paths, unless this model or this recipe rules them out.
+
+    Raises MM4KEError for a recipe that asks for them in a model with dropout.
+    """
+    arguments, model = trainer.finetuning_args, trainer.model
+    settings = {
+        "loss_threshold": arguments.rsft_loss_threshold,
+        "steps_per_sample": arguments.rsft_steps_per_sample,
+    }
+    fast, limit = None, 1
+    if dropout := active_dropout(model):
+        for key in ("rsft_lookahead", "rsft_prefix_cache_mb"):
+            if (value := getattr(arguments, key)) is not None and value != 1:
+                raise MM4KEError(
+                    f"{recipe_name()}: {key}: {value}: this model has dropout ({dropout}), with which no two passes of "
+                    "a fact are alike; switch it off in the model's config.json, or leave this key out"
+                )
+    elif not model.is_gradient_checkpointing:
+        fast = FastForward(
+            model,
+            min(arguments.rsft_layers),
+            (arguments.rsft_prefix_cache_mb or PREFIX_CACHE_MB) * 2**20,
+        )
+        limit = arguments.rsft_lookahead or LOOKAHEAD
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
+    return Visitor(fast, Lookahead(limit, settings["loss_threshold"], dtype), **settings)
 
 
 class RsftCallback(TrainerCallback, ExportableState):
@@ -157,7 +228,7 @@ class RsftCallback(TrainerCallback, ExportableState):
         self.books = EpochBooks(**saved["attributes"]["books"])
 
     def on_step_end(self, args, state, control, *, train_dataloader, **kwargs):
-        self.books.enter(self.trainer.visit)
+        self.books.enter(self.trainer.visited)
         self._show_progress()
         # Not on_epoch_end: a checkpoint at the end of an epoch is saved before that, and must have this epoch's entry.
         if state.global_step % len(train_dataloader) == 0:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import MM4KEError
+from ..fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB
 
 
 @dataclass
@@ -39,6 +40,20 @@ class RsftArguments:
         default=0.1,
         metadata={"help": "tau: R-SFT leaves a fact whose mean loss per answer token is under this (nats)."},
     )
+    rsft_lookahead: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many facts R-SFT scores at once to find those that need no visit; 1: none. Same result. "
+            f"By default {LOOKAHEAD}, and 1 in a model with dropout."
+        },
+    )
+    rsft_prefix_cache_mb: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many megabytes R-SFT may use to keep what the layers below the trained one compute for a "
+            f"fact. Same result. By default {PREFIX_CACHE_MB}, and none in a model with dropout."
+        },
+    )
 
 
 def recipe_name() -> str:
@@ -58,9 +73,15 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
     finetuning_args.rsft_layers = _layers(finetuning_args.rsft_layers, refuse)
     finetuning_args.rsft_modules = _modules(finetuning_args.rsft_modules, refuse)
 
-    steps = finetuning_args.rsft_steps_per_sample
-    if not _is_integer(steps) or steps < 1:
-        refuse("rsft_steps_per_sample", steps, "give a whole number of at least 1 (the paper uses 6)")
+    for arguments, key, reason in (
+        (finetuning_args, "rsft_steps_per_sample", "give a whole number of at least 1 (the paper uses 6)"),
+        (finetuning_args, "rsft_lookahead", "give a whole number of at least 1, which switches it off"),
+        (finetuning_args, "rsft_prefix_cache_mb", "give a whole number of megabytes, at least 1"),
+        (training_args, "per_device_train_batch_size", "give a whole number of at least 1, the facts of one visit"),
+    ):
+        value = getattr(arguments, key)
+        if value is not None and (not _is_integer(value) or value < 1):
+            refuse(key, value, reason)
     threshold = finetuning_args.rsft_loss_threshold
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < math.inf:
         refuse("rsft_loss_threshold", threshold, "give a finite loss above 0 (the paper uses 0.1)")
@@ -68,9 +89,8 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
     for arguments, key, right, reason in (
         (finetuning_args, "stage", "sft", "R-SFT is supervised fine-tuning"),
         (finetuning_args, "finetuning_type", "freeze", "R-SFT trains the FFN of chosen layers, nothing else"),
-        (training_args, "per_device_train_batch_size", 1, "R-SFT visits one fact at a time"),
-        (training_args, "gradient_accumulation_steps", 1, "every update of R-SFT is one step on one fact"),
-        (training_args, "auto_find_batch_size", False, "R-SFT visits one fact at a time"),
+        (training_args, "gradient_accumulation_steps", 1, "an update of R-SFT is one step on one batch"),
+        (training_args, "auto_find_batch_size", False, "the batch is what R-SFT visits at once"),
         (data_args, "packing", False, "packed facts have no loss of their own"),
         (data_args, "neat_packing", False, "packed facts have no loss of their own"),
         (data_args, "streaming", False, "R-SFT counts visits by epochs, which a stream does not have"),

@@ -1,0 +1,173 @@
+"""The losses of R-SFT's samples without work that changes nothing: the same numbers, from a part of the model.
+
+frozen prefix     what lies below the trained FFN comes from memory (frozen_prefix.py)
+answer rows       the output head, a fifth of a small model, runs for the tokens that predict an answer's token only
+
+Both are exact, in the mathematics and, where a matrix product does not depend on how many rows it is computed with, in
+every bit. So the parameters after thousands of updates are those of the plain forward.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from .frozen_prefix import FrozenPrefix, Prefix, PrefixCache
+
+IGNORED = -100  # the label of a token that is not in the answer
+
+# The head runs for a multiple of so many rows: for fewer, libraries take another path with other rounding.
+ROWS = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a batch, on the model's device.
+
+    ids:     token ids, padded on the right as in its batch, shape (tokens,)
+    length:  how many of them are no padding
+    rows:    the tokens whose predictions are needed: a range that ends with the one before the answer's last
+    targets: the token that each of them should predict, or IGNORED, shape (rows,)
+    key:     equal for equal samples
+    """
+
+    ids: torch.Tensor
+    length: int
+    rows: range
+    targets: torch.Tensor
+    key: tuple[int, ...]
+
+
+def samples_of(batch: Mapping[str, torch.Tensor], device: torch.device) -> list[Sample] | None:
+    """The samples of a batch with `input_ids`, `labels` and `attention_mask`, (samples, tokens) each.
+
+    Returns None for a batch that is not as simple: other inputs too, padding that is not on the right, no answer.
+    """
+    if batch.keys() != {"input_ids", "labels", "attention_mask"} or batch["attention_mask"].ndim != 2:
+        return None
+    samples = []
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        length = int(mask.sum())
+        answer = (labels != IGNORED).nonzero()[:, 0]
+        if not mask[:length].all() or not len(answer) or answer[0] == 0:
+            return None
+        rows = _rows(int(answer[0]) - 1, int(answer[-1]), len(ids))
+        # Row r predicts token r + 1; the last token predicts nothing that is known.
+        targets = torch.full((len(rows),), IGNORED)
+        known = labels[rows.start + 1 : rows.stop + 1]
+        targets[: len(known)] = known
+        samples.append(Sample(ids.to(device), length, rows, targets.to(device), tuple(ids[:length].tolist())))
+    return samples
+
+
+def _rows(start: int, stop: int, tokens: int) -> range:
+    """The range start ... stop - 1, extended to a multiple of ROWS, to the left and where there is no room to the right."""
+    count = -(-(stop - start) // ROWS) * ROWS
+    start = max(0, stop - count)
+    return range(start, min(tokens, start + count))
+
+
+class FastForward:
+    """Computes the losses of samples under a model's current parameters.
+
+    model:   a decoder of the transformers library, what is called, or the same as a host has wrapped it
+    layer:   the lowest layer with a trained parameter, which must be one of its FFN
+    budget:  how many bytes of prefixes are kept
+    autocast: the model is not called within autocast by itself, and is to compute in bfloat16
+    """
+
+    def __init__(self, model: torch.nn.Module, layer: int, budget: int, *, autocast: bool = False):
+        self.model = model
+        self.autocast = autocast
+        self.prefix = FrozenPrefix(model, layer)
+        self.head = model.get_output_embeddings()
+        self.cache = PrefixCache(budget)
+
+    def losses(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """The mean cross-entropy of each answer's tokens (nats), shape (samples,), with a graph where that is enabled.
+
+        Samples of other lengths are padded to the longest.
+        """
+        tokens = max(len(sample.ids) for sample in samples)
+        ids = torch.stack([_pad(sample.ids, tokens) for sample in samples])
+        mask = torch.stack([_pad(sample.ids.new_ones(sample.length), tokens) for sample in samples])
+        rows = torch.cat(
+            [
+                index * tokens + torch.arange(sample.rows.start, sample.rows.stop, device=ids.device)
+                for index, sample in enumerate(samples)
+            ]
+        )
+
+        def only_answer_rows(module, args):
+            return (args[0].flatten(0, 1)[rows][None],)
+
+        handle = self.head.register_forward_pre_hook(only_answer_rows)
+        try:
+            with self.prefix.given(self._prefix(samples, tokens)):
+                logits = self._forward(input_ids=ids, attention_mask=mask).logits[0]
+        finally:
+            handle.remove()
+        return _losses(logits.split([len(sample.rows) for sample in samples]), [sample.targets for sample in samples])
+
+    def _forward(self, **inputs: torch.Tensor):
+        device_type = inputs["input_ids"].device.type
+        # Autocast that is not enabled would switch off a host's.
+        with torch.autocast(device_type, dtype=torch.bfloat16) if self.autocast else nullcontext():
+            return self.model(**inputs, use_cache=False)
+
+    def _prefix(self, samples: Sequence[Sample], tokens: int) -> Prefix:
+        def compute(index: int) -> Prefix:
+            # Alone and padded as in its own batch: the numbers of a visit, also when it was first scored among others.
+            sample = samples[index]
+            mask = _pad(sample.ids.new_ones(sample.length), len(sample.ids))
+            prefix = self.prefix.compute(self._forward, input_ids=sample.ids[None], attention_mask=mask[None])
+            return Prefix(
+                *(
+                    None if part is None else part[0, : sample.length].clone()
+                    for part in (prefix.hidden, prefix.attention)
+                )
+            )
+
+        parts = self.cache.fetch([sample.key for sample in samples], compute)
+        return Prefix(
+            torch.stack([_pad(part.hidden, tokens) for part in parts]),
+            None if parts[0].attention is None else torch.stack([_pad(part.attention, tokens) for part in parts]),
+        )
+
+
+def answer_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The plain way: the mean cross-entropy of each sample's answer (nats), from all logits of a batch, with a graph.
+
+    logits: (samples, tokens, vocabulary). labels: (samples, tokens), IGNORED where a token is not in the answer
+    """
+    return _losses(logits[:, :-1], labels[:, 1:])
+
+
+def _losses(logits: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(
+        [
+            torch.nn.functional.cross_entropy(rows.float(), known.to(rows.device), ignore_index=IGNORED)
+            for rows, known in zip(logits, targets, strict=True)
+        ]
+    )
+
+
+def active_dropout(model: torch.nn.Module) -> str | None:
+    """Which module drops activations in training, and at which rate: "model.layers.0.self_attn.attention_dropout: 0.1".
+
+    None in a model without dropout, like nearly all of today's.
+    """
+    for name, module in model.named_modules():
+        rates = {"p": module.p} if isinstance(module, torch.nn.Dropout) else vars(module)
+        for key, rate in rates.items():
+            if (key == "p" or "dropout" in key) and isinstance(rate, float) and rate > 0:
+                return f"{name}.{key}: {rate}"
+    return None
+
+
+def _pad(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """Zeros behind the entries, up to `length` of them along the first dimension."""
+    padded = tensor.new_zeros(length, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    return padded
