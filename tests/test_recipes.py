@@ -26,7 +26,9 @@ def test_there_are_recipes_for_the_default_model_and_the_papers():
 def test_the_header_gives_the_exact_command(path):
     header = path.read_text().partition("\n\n")[0]
     if "easyedit" in path.parts:
-        command = f"mm4ke easyedit --easyedit ../EasyEdit --data ZsRE-test-all.json --n 10 --methods {path.parent.name}"
+        command = (
+            f"mm4ke easyedit --easyedit ../EasyEdit --data ZsRE-test-all.json --n 10 --methods {path.parent.name}"
+        )
     else:
         command = f"{COMMANDS.get(path.stem, 'lm_eval run --config')} {name(path)}"
     assert f"#     {command}" in header
