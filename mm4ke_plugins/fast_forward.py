@@ -2,18 +2,22 @@
 
 frozen prefix     what lies below the trained FFN comes from memory (frozen_prefix.py)
 answer rows       the output head, a fifth of a small model, runs for the tokens that predict an answer's token only
+frozen FFNs       on a CPU, those above the trained one are computed in a form that suits few tokens (frozen_ffn.py)
 
-Both are exact, in the mathematics and, where a matrix product does not depend on how many rows it is computed with, in
-every bit. So the parameters after thousands of updates are those of the plain forward.
+All are exact, in the mathematics and, where a matrix product does not depend on how many rows it is computed with, in
+every bit. Both matter: a difference in the last bit grows, by the optimizer's division by the size of a gradient, to
+1e-3 of what an update does within some dozen updates.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from .frozen_prefix import FrozenPrefix, Prefix, PrefixCache
+from .frozen_ffn import frozen_ffn
+from .frozen_prefix import FrozenPrefix, Prefix, PrefixCache, replace_forward
+from .layers import FFN_NAMES, decoder_layers
 
 IGNORED = -100  # the label of a token that is not in the answer
 
@@ -83,6 +87,9 @@ class FastForward:
         self.prefix = FrozenPrefix(model, layer)
         self.head = model.get_output_embeddings()
         self.cache = PrefixCache(budget)
+        _, layers = decoder_layers(model)
+        ffns = [child for above in layers[layer:] for name, child in above.named_children() if name in FFN_NAMES]
+        self.ffns = [(ffn, forward) for ffn in ffns if (forward := frozen_ffn(ffn))]
 
     def losses(self, samples: Sequence[Sample]) -> torch.Tensor:
         """The mean cross-entropy of each answer's tokens (nats), shape (samples,), with a graph where that is enabled.
@@ -102,12 +109,13 @@ class FastForward:
         def only_answer_rows(module, args):
             return (args[0].flatten(0, 1)[rows][None],)
 
-        handle = self.head.register_forward_pre_hook(only_answer_rows)
-        try:
-            with self.prefix.given(self._prefix(samples, tokens)):
-                logits = self._forward(input_ids=ids, attention_mask=mask).logits[0]
-        finally:
-            handle.remove()
+        prefix = self._prefix(samples, tokens)
+        with ExitStack() as undo:
+            undo.enter_context(self.prefix.given(prefix))
+            undo.callback(self.head.register_forward_pre_hook(only_answer_rows).remove)
+            for ffn, forward in self.ffns:
+                undo.callback(replace_forward(ffn, forward))
+            logits = self._forward(input_ids=ids, attention_mask=mask).logits[0]
         return _losses(logits.split([len(sample.rows) for sample in samples]), [sample.targets for sample in samples])
 
     def _forward(self, **inputs: torch.Tensor):

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mm4ke_plugins.fast_forward import FastForward, active_dropout, answer_losses, samples_of
 from mm4ke_plugins.fast_rsft import Visitor
+from mm4ke_plugins.frozen_ffn import frozen_ffn
 from mm4ke_plugins.layers import decoder_layers, ffn_parameter_names
 from mm4ke_plugins.lookahead import Lookahead
 
@@ -90,6 +91,28 @@ def test_huggingface_loss_is_ours():
     model = make_model("llama")
     batch = make_batch(21)
     torch.testing.assert_close(plain_losses(model, batch)[0], model(**batch).loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family, replaced", [("llama", 1), ("qwen2", 1), ("phi3", 0), ("gemma", 0), ("gpt2", 0)])
+def test_frozen_ffns_above_are_replaced_where_they_have_the_form(family, replaced):
+    model = make_model(family, **FAMILIES.get(family, OTHERS.get(family, {})) | {"hidden_size": 64})
+    for name in ffn_parameter_names(model, [LAYER], ["ffn"]):
+        model.get_parameter(name).requires_grad_(True)
+    assert len(FastForward(model, LAYER, 2**20).ffns) == replaced
+
+
+@pytest.mark.parametrize("rows", [8, 16, 48, 120])
+def test_a_frozen_ffn_computes_the_same(rows):
+    model = make_model("llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=1, initializer_range=0.02)
+    ffn = model.model.layers[0].mlp
+    x = torch.randn(1, rows, 576, requires_grad=True)
+    expected, ours = ffn(x), frozen_ffn(ffn)(x)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    gradient = torch.randn_like(x)
+    gradients = [torch.autograd.grad(y, x, gradient)[0] for y in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+    assert frozen_ffn(ffn.requires_grad_(True)) is None
+    assert frozen_ffn(ffn.requires_grad_(False).to(torch.bfloat16)) is None
 
 
 def test_what_lies_below_is_computed_once_and_the_head_for_the_answer_only():
