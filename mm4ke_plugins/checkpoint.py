@@ -11,12 +11,14 @@ import errno
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +50,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bytes that are read at once: few enough to be in the processor's cache when they are looked at again.
 CHUNK = 1 << 19
-COPIES_BEHIND = 8
+COPIES_BEHIND = 16
 
 # copy_file_range is not there, or not between these two file systems.
 NO_KERNEL_COPY = (None, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
@@ -197,7 +199,7 @@ def rewrite(
 ) -> None:
     """Write to `target` a safetensors file like `source` in which some tensors are replaced.
 
-    replacements: what makes each new tensor, by name. One is made, written and dropped before the next
+    replacements: what makes each new tensor, by name. The next is made while one is written
     dtypes:       of those new tensors that are not of the old one's dtype
 
     Where no dtype changes, every other byte is the source's, those of the header included. `target` may be `source`.
@@ -216,13 +218,18 @@ def rewrite(
     else:
         with open(source, "rb") as file:
             header = file.read(min((tensor.offset for tensor in tensors.values()), default=-1))
-        _write(target, header, tensors | new)
+        _write(target, header, tensors | new, threads=1)
 
 
 def write_tensors(
-    target: Path, tensors: Mapping[str, StoredTensor | NewTensor], metadata: Mapping[str, str] | None = None
+    target: Path,
+    tensors: Mapping[str, StoredTensor | NewTensor],
+    metadata: Mapping[str, str] | None = None,
+    threads: int = 1,
 ) -> None:
     """Write a safetensors file, byte for byte as safetensors itself would, without having its tensors in memory.
+
+    threads: how many new tensors may be made at once, by threads of that number. Two more may be waiting
 
     `target` appears, or is replaced, when the file is complete. A failure leaves nothing behind.
 
@@ -238,15 +245,15 @@ def write_tensors(
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    _write(target, len(text).to_bytes(8, "little") + text, tensors)
+    _write(target, len(text).to_bytes(8, "little") + text, tensors, threads)
 
 
-def _write(target: Path, header: bytes, tensors: Mapping[str, StoredTensor | NewTensor]) -> None:
-    """The header, then the tensors as they come. While one is written, the next is made."""
+def _write(target: Path, header: bytes, tensors: Mapping[str, StoredTensor | NewTensor], threads: int) -> None:
+    """The header, then the tensors as they come. While one is written, the next are made."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         # Unbuffered: what we write and what the kernel copies go to the same position.
-        with open(temporary, "xb", buffering=0) as file, ExitStack() as sources, ThreadPoolExecutor(1) as writer:
+        with open(temporary, "xb", buffering=0) as file, ExitStack() as sources, ExitStack() as pools:
             opened: dict[Path, FileIO] = {}
 
             def append(content: memoryview | StoredTensor) -> None:
@@ -258,23 +265,38 @@ def _write(target: Path, header: bytes, tensors: Mapping[str, StoredTensor | New
                     _write_bytes(file, content)
 
             _write_bytes(file, header)
-            writes: deque[Future] = deque()
-            for name, tensor in tensors.items():
-                content = tensor if isinstance(tensor, StoredTensor) else _content(tensor, name)
-                writes.append(writer.submit(append, content))
-                # Copies may lag behind, where their bytes are still in the page cache. What is in memory may not.
-                while len(writes) > (COPIES_BEHIND if isinstance(content, StoredTensor) else 0):
-                    writes.popleft().result()
-            for write in writes:
+            makers = pools.enter_context(ThreadPoolExecutor(threads))
+            writer = pools.enter_context(ThreadPoolExecutor(1))
+            calls = (partial(_content, tensor, name) for name, tensor in tensors.items())
+            contents = _in_order(makers, calls, threads)
+            # A copy takes no memory, so many may wait. Of tensors in memory one may wait while others are made.
+            waiting: dict[bool, deque[Future]] = {True: deque(), False: deque()}
+            for content in contents:
+                is_copy = isinstance(content, StoredTensor)
+                waiting[is_copy].append(writer.submit(append, content))
+                if len(waiting[is_copy]) > (COPIES_BEHIND if is_copy else 1):
+                    waiting[is_copy].popleft().result()
+            for write in (*waiting[True], *waiting[False]):
                 write.result()
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _content(new: NewTensor, name: str) -> memoryview | StoredTensor:
+def _in_order(pool: Executor, calls: Iterable[Callable[[], Any]], ahead: int) -> Iterator[Any]:
+    """What the calls return, in their order. The next `ahead` of them are under way meanwhile."""
+    pending: deque[Future] = deque()
+    for call in calls:
+        pending.append(pool.submit(call))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _content(new: StoredTensor | NewTensor, name: str) -> memoryview | StoredTensor:
     """The bytes of a new tensor, or where they are, after comparing the tensor with what the header says."""
-    tensor = new.make()
+    tensor = new if isinstance(new, StoredTensor) else new.make()
     if (tensor.dtype, tuple(tensor.shape)) != (new.dtype, new.shape):
         raise MM4KEError(
             f"{name}: the new tensor is {tensor.dtype} {list(tensor.shape)}, not {new.dtype} {list(new.shape)}"

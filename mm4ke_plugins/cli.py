@@ -201,6 +201,140 @@ def report(runs: tuple[str, ...], output: Path) -> None:
     click.echo("\n".join(map(str, files)))
 
 
+@cli.group()
+def delta() -> None:
+    """An edit as a small file: what it changed in a base model, and enough to undo it."""
+
+
+@delta.command()
+@click.argument("base", type=PATH)
+@click.argument("edited", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="Such as facts.delta.safetensors.")
+@click.option("--weight", type=float, help="Make a finished delta with this weight (default 0.8 beside --density).")
+@click.option("--density", type=float, help="The same with this density (default 0.8 beside --weight).")
+@click.option("--recipe", type=PATH, metavar="FILE", help="The recipe of the training, to note its settings.")
+def extract(base: Path, edited: Path, output: Path, weight: float | None, density: float | None, recipe: Path) -> None:
+    """Write what differs between the model folders BASE and EDITED as a knowledge delta.
+
+    Without --weight and --density they are chosen when the delta is applied. With them it is finished, and smaller:
+    R-SFT's model with --weight 0.8 --density 0.8 gives the delta of the merged model. --weight 1 --density 1 takes
+    EDITED as it is: say this of a model that was merged before.
+    """
+    from .delta_commands import extract
+
+    manifest = extract(base, edited, output, weight, density, recipe)
+    kept = sum(info.count for info in manifest.tensors.values())
+    click.echo(f"{output}: {len(manifest.tensors)} tensors, {kept:,} entries, {output.stat().st_size / 1e6:.2f} MB")
+
+
+@delta.command()
+@click.argument("base", type=PATH)
+@click.argument("deltas", metavar="DELTA...", type=PATH, nargs=-1, required=True)
+@click.option("-o", "--output", type=PATH, required=True, metavar="DIR", help="Folder of the new model.")
+@click.option("--weight", "weights", type=float, multiple=True, help="Once, or once for each DELTA.")
+@click.option("--density", "densities", type=float, multiple=True, help="Once, or once for each DELTA.")
+@click.option("--link", is_flag=True, help="Hard-link files of weights that stay as they are.")
+def apply(
+    base: Path,
+    deltas: tuple[Path, ...],
+    output: Path,
+    weights: tuple[float, ...],
+    densities: tuple[float, ...],
+    link: bool,
+) -> None:
+    """Write a model folder: BASE with one or several deltas, bit for bit as `mergekit-yaml` would merge it.
+
+    By default an unfinished delta has weight 0.8 and density 0.8, as in recipes/merge.yaml, and a finished one is
+    taken as it is.
+    """
+    from .delta_commands import apply
+
+    apply(base, deltas, output, weights, densities, link)
+    click.echo(output)
+
+
+@delta.command()
+@click.argument("model", type=PATH)
+@click.argument("delta", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, metavar="DIR", help="Folder of the base model.")
+@click.option("--link", is_flag=True, help="Hard-link files of weights that stay as they are.")
+def revert(model: Path, delta: Path, output: Path, link: bool) -> None:
+    """Give back the base, bit for bit, of a MODEL that DELTA was applied to."""
+    from .delta_commands import revert
+
+    revert(model, delta, output, link)
+    click.echo(output)
+
+
+@delta.command("show")
+@click.argument("delta", type=PATH)
+def show_delta(delta: Path) -> None:
+    """Print a delta's metadata, tensors and a histogram of its magnitudes."""
+    from rich.console import Console
+
+    from .delta_commands import show
+
+    show(delta, Console())
+
+
+@delta.command("diff")
+@click.argument("first", metavar="A", type=PATH)
+@click.argument("second", metavar="B", type=PATH)
+@click.option("--base", type=PATH, metavar="DIR", help="The base's folder: finished deltas need it for the cosine.")
+def diff_deltas(first: Path, second: Path, base: Path | None) -> None:
+    """Print how far two deltas of one base overlap, and where they contradict each other."""
+    from rich.console import Console
+
+    from .delta_commands import diff
+
+    diff(first, second, base, Console())
+
+
+@cli.command()
+@click.option("--base", type=PATH, required=True, metavar="DIR", help="The model before editing.")
+@click.option("--edited", type=PATH, required=True, metavar="PATH", help="R-SFT's model, or an unfinished delta.")
+@click.option("--facts", type=PATH, required=True, metavar="FILE", help="The facts, as `mm4ke facts` reads them.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N records.")
+@click.option("--keep", type=float, default=0.97, show_default=True, help="Share of R-SFT's edit success to keep.")
+@click.option("--weights", metavar="NUMBERS", help="With commas.  [default: 0.2,0.4,0.6,0.7,0.8,0.9,1]")
+@click.option("--densities", metavar="NUMBERS", help="With commas.  [default: 0.2,0.4,0.6,0.8,1]")
+@click.option("--prompt-format", type=click.Choice(["raw", "chat"]), default="chat", show_default=True)
+@click.option("--early-stop/--no-early-stop", default=True, help="Leave out what can't be picked.  [default: yes]")
+@click.option("--per-layer/--common", default=True, help="Choose for each edited layer.  [default: per layer]")
+@click.option("--output", type=PATH, default="work/sweep", show_default=True, metavar="DIR")
+def sweep(weights: str | None, densities: str | None, output: Path, **options) -> None:
+    """Choose weight and density: of those that keep the new facts, the ones that change the rest least.
+
+    Half of the records decide, the other half confirms. Nothing is trained, merged or loaded again. Writes the table
+    (sweep.json, sweep.csv), figures, and merge.yaml with the choice.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    from rich.console import Console
+
+    from .sweep import DENSITIES, WEIGHTS, sweep
+    from .sweep_output import apply_command, check_output, show, write
+
+    grid = {
+        "weights": _numbers("--weights", weights) if weights is not None else WEIGHTS,
+        "densities": _numbers("--densities", densities) if densities is not None else DENSITIES,
+    }
+    check_output(output)
+    result = sweep(**options, **grid)
+    write(result, output)
+    show(result, Console())
+    click.echo(f"\nmergekit-yaml {output / 'merge.yaml'} out/")
+    if command := apply_command(result):
+        click.echo(f"or: {command}")
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise MM4KEError(f"{option} {text!r}: give numbers with commas, such as 0.6,0.8,1") from None
+
+
 def main() -> None:
     """Entry point of the console script: a user's mistake is one line and exit status 1."""
     report_in_one_line()

@@ -4,14 +4,21 @@
     merged = theta_base + weight * Top_density(delta)      Equation 6, one weight matrix at a time
 
 `weight` is the paper's 1 - alpha, `density` its p. Everything is computed in float32, also where a checkpoint
-stores less: a delta of bfloat16 numbers has few distinct values, and rounding belongs at the end.
+stores less: a delta of bfloat16 numbers has few distinct values, and rounding belongs at the end. On a CPU it is
+computed a piece at a time, so that no float32 copy of a matrix is ever in memory.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 
 from .errors import MM4KEError
+
+# Entries that a CPU works on at once: few enough to stay in its cache from one operation to the next.
+CHUNK = 1 << 17
+SAMPLE = 1 << 16
 
 
 def top_p_mask(delta: torch.Tensor, density: float) -> torch.Tensor:
@@ -24,40 +31,107 @@ def top_p_mask(delta: torch.Tensor, density: float) -> torch.Tensor:
 
     Raises MM4KEError for a density out of range.
     """
-    if not 0 <= density <= 1:
-        raise MM4KEError(f"density: {density}: give a share from 0 to 1")
-    count = round(density * delta.numel())
+    count = _count(density, delta.numel())
     if count in (0, delta.numel()):
         return torch.full_like(delta, bool(count), dtype=torch.bool)
-
-    # Floats without a sign are ordered as the integers with the same bits.
-    bits = delta.float().abs().reshape(-1).view(torch.int32)
-    threshold, wanted, found = _kth_largest(bits, count)
-    if wanted == found:
-        mask = bits >= threshold
-    else:
-        mask = bits > threshold
-        mask[(bits == threshold).nonzero()[:wanted, 0]] = True
-    return mask.view(delta.shape)
+    flat = delta.detach().reshape(-1).float()
+    top = _Largest(count, flat.numel(), lambda: _parts(flat), _sample(flat))
+    mask = torch.empty(delta.shape, dtype=torch.bool, device=delta.device)
+    for part, marks in zip(_parts(flat), _parts(mask.view(-1))):
+        top.mark(part, marks)
+    return mask
 
 
-def _kth_largest(bits: torch.Tensor, k: int) -> tuple[int, int, int]:
-    """The k-th largest of non-negative int32 numbers; how many equal to it are among the k; how many there are.
+class _Largest:
+    """The largest `count` of `numel` float32 magnitudes, among equal ones the first.
 
-    A radix search: two histograms of 16 bits each. On a CPU it takes a tenth of the time of a full sort, and half the
-    time and a third of the memory of `torch.kthvalue`.
+    parts:  gives the entries piece by piece, again and again. They are read once, or more often if the sample misleads
+    sample: some of the entries. It tells between which two numbers the smallest magnitude to be kept is; how many
+            are larger, and which of the few in between it is, is then counted
+
+    On a CPU this takes a twentieth of the time of a full sort or less, and a fifth of that of `torch.kthvalue`.
     """
-    threshold = 0
-    for shift in (16, 0):
-        digits = (bits >> shift).bitwise_and_(0xFFFF)
-        counts = torch.bincount(digits, minlength=1 << 16)
-        at_least = counts.flip(0).cumsum(0).flip(0)  # how many numbers have this digit or a larger one
-        digit = int((at_least >= k).sum()) - 1
-        threshold |= digit << shift
-        k -= int(at_least[digit] - counts[digit])
-        if shift:
-            bits = bits[digits == digit]
-    return threshold, k, int(counts[digit])
+
+    def __init__(
+        self, count: int, numel: int, parts: Callable[[], Iterable[torch.Tensor]], sample: torch.Tensor
+    ) -> None:
+        sample = sample.abs().sort().values
+        place = (1 - count / numel) * len(sample)
+        margin = 2 * math.sqrt(len(sample)) + 1  # four standard deviations or more
+        low, high = int(place - margin), int(place + margin)
+        brackets = [
+            (float(sample[low]) if low >= 0 else 0.0, float(sample[high]) if high < len(sample) else math.inf),
+            (0.0, math.inf),
+        ]
+        guess = float(sample[min(int(place), len(sample) - 1)])
+        if int((sample == guess).sum()) > 1:  # many entries are equal to it, so it may well be the one
+            brackets.insert(0, (guess, guess))
+        for lowest, highest in brackets:
+            larger, within, between = 0, 0, []
+            for part in parts():
+                magnitudes = abs(_comparable(part))
+                is_larger = magnitudes > highest
+                is_within = (magnitudes >= lowest) ^ is_larger
+                larger += _how_many(is_larger)
+                within += _how_many(is_within)
+                if lowest < highest:
+                    between.append(torch.as_tensor(magnitudes[is_within]))
+            if larger < count <= larger + within:
+                break
+        # `ties`: of the entries that equal the threshold, how many are still to be kept.
+        self.threshold, self.ties = lowest, count - larger
+        if lowest < highest:
+            candidates = torch.cat(between)
+            self.threshold = float(candidates.kthvalue(within - self.ties + 1).values)
+            self.ties -= _how_many(_comparable(candidates) > self.threshold)
+
+    def mark(self, part: torch.Tensor, mask: torch.Tensor) -> None:
+        """Write to `mask` which entries of the next part are kept. Parts must come in their order."""
+        magnitudes = abs(_comparable(part))
+        mask.copy_(torch.as_tensor(magnitudes > self.threshold))
+        mask[self._kept_ties(magnitudes)] = True
+
+    def keep(self, part: torch.Tensor) -> torch.Tensor:
+        """The next part with zeros for the entries that are not kept."""
+        kept = torch.nn.functional.hardshrink(part, self.threshold)
+        if self.threshold:
+            ties = self._kept_ties(abs(_comparable(part)))
+            kept[ties] = part[ties]
+        return kept
+
+    def _kept_ties(self, magnitudes: "np.ndarray | torch.Tensor") -> torch.Tensor:
+        """Where the next of those entries are that equal the threshold and are kept."""
+        if not self.ties:
+            return torch.empty(0, dtype=torch.int64)
+        equal_to_it = magnitudes == self.threshold
+        found = np.flatnonzero(equal_to_it) if isinstance(magnitudes, np.ndarray) else equal_to_it.nonzero()[:, 0]
+        found = torch.as_tensor(found[: self.ties])
+        self.ties -= len(found)
+        return found
+
+
+def _count(density: float, numel: int) -> int:
+    if not 0 <= density <= 1:
+        raise MM4KEError(f"density: {density}: give a share from 0 to 1")
+    return round(density * numel)
+
+
+def _parts(flat: torch.Tensor) -> Sequence[torch.Tensor]:
+    """A tensor of one dimension in pieces: many for a CPU's cache, one for a GPU."""
+    return flat.split(CHUNK) if flat.device.type == "cpu" else (flat,)
+
+
+def _sample(flat: torch.Tensor) -> torch.Tensor:
+    return flat[:: max(64, len(flat) // SAMPLE)].float()
+
+
+def _comparable(tensor: torch.Tensor) -> "np.ndarray | torch.Tensor":
+    """On a CPU, NumPy compares, counts and picks several times faster than torch."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
+def _how_many(mask: "np.ndarray | torch.Tensor") -> int:
+    return int(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.count_nonzero())
 
 
 @torch.no_grad()
@@ -86,27 +160,51 @@ def merge(
     """
     for name, tensor in zip(names, (base, *edited), strict=True):
         _require_finite(tensor, name)
-    merged = None
+    dtype = dtype or base.dtype
+    original = base.reshape(-1)
+    changes = []
     for tensor, weight, density in zip(edited, weights, densities, strict=True):
         if weight == 0 or equal(base, tensor):
             continue
-        delta = tensor.to(torch.float32, copy=True).sub_(base)
-        if delta.ndim >= 2:
-            delta.masked_fill_(top_p_mask(delta, density).logical_not_(), 0)
-        if merged is None:
-            merged = base.to(torch.float32, copy=True)
-        merged.add_(delta, alpha=weight)
-    return (base if merged is None else merged).to(dtype or base.dtype)
+        changed = tensor.reshape(-1)
+        count = _count(density if tensor.ndim >= 2 else 1, tensor.numel())
+        if count == 0:
+            keep = torch.zeros_like
+        elif count == tensor.numel():
+            keep = torch.positive
+        else:
+
+            def deltas(changed=changed) -> Iterable[torch.Tensor]:
+                return (part.float() - start.float() for part, start in zip(_parts(changed), _parts(original)))
+
+            keep = _Largest(count, tensor.numel(), deltas, _sample(changed) - _sample(original)).keep
+        changes.append((_parts(changed), weight, keep))
+    if not changes:
+        return base.to(dtype)
+    merged = torch.empty_like(original, dtype=dtype)
+    for index, (start, result) in enumerate(zip(_parts(original), _parts(merged))):
+        start = total = start.float()
+        for parts, weight, keep in changes:
+            total = torch.add(total, keep(parts[index].float() - start), alpha=weight)
+        result.copy_(total)
+    return merged.view(base.shape)
 
 
 def equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether two tensors of one shape hold the same numbers, whatever their dtypes."""
     dtype = torch.promote_types(first.dtype, second.dtype)
-    return torch.equal(first.to(dtype), second.to(dtype))
+    pairs = zip(_parts(first.reshape(-1)), _parts(second.reshape(-1)), strict=True)
+    return all(torch.equal(part.to(dtype), other.to(dtype)) for part, other in pairs)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no entry is NaN or infinite. `tensor`: floating point of 16 bits or more."""
+    # A NaN or an infinite number always shows in the sum, which is the fastest to take; so may finite but large ones.
+    # The extremes show a NaN as well, and need neither a copy nor a mask as isfinite().all() does.
+    return math.isfinite(tensor.sum()) or all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
 def _require_finite(tensor: torch.Tensor, name: str) -> None:
-    # The extremes show a NaN as well, and need neither a copy nor a mask: 20 times faster than isfinite().all().
-    if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+    if not is_finite(tensor):
         found = "NaN" if tensor.isnan().any() else "an infinite number"
         raise MM4KEError(f"{name}: holds {found}; a checkpoint like this can't be merged, train or copy it again")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mm4ke_plugins.delta import merge, top_p_mask
+from mm4ke_plugins.delta import CHUNK, merge, top_p_mask
 from mm4ke_plugins.errors import MM4KEError
 
 
@@ -80,6 +80,23 @@ def test_mask_of_neighbouring_floats(value):
     assert torch.equal(top_p_mask(delta, 0.42), steps >= 50 - 21)
 
 
+MISLEADING = {
+    "sample too small": lambda index: (index % 64 != 0) * 1.0 + (index % 7) * 1e-3,
+    "sample too large": lambda index: (index % 64 == 0) * 1.0 + (index % 7) * 1e-3,
+    "sample all equal": lambda index: (index % 64 != 0) * (1.0 + index * 1e-6),
+    "sorted": lambda index: index * 1.0,
+    "two values": lambda index: (index % 3 == 0) * 1.0,
+}
+
+
+@pytest.mark.parametrize("density", [0.01, 0.5, 0.8, 0.99])
+@pytest.mark.parametrize("values", MISLEADING.values(), ids=MISLEADING)
+def test_mask_of_entries_of_which_a_sample_misleads(values, density):
+    """The sample is every 64th entry. Several chunks, the last of which is shorter."""
+    delta = values(torch.arange(3 * CHUNK + 1000)).float().view(-1, 1)
+    assert torch.equal(top_p_mask(delta, density), reference_mask(delta, density))
+
+
 def test_half_an_entry_is_rounded_to_the_even_number():
     assert top_p_mask(torch.rand(1, 5), 0.5).sum() == 2
     assert top_p_mask(torch.rand(1, 7), 0.5).sum() == 4
@@ -140,6 +157,15 @@ def test_deltas_of_several_models_add_up():
     second = pair((64, 97), seed=1)[1] - pair((64, 97), seed=1)[0] + base
     merged = merge(base, [first, second], [0.8, -0.5], [0.2, 0.6], names=["base", "first", "second"])
     assert_within_one_rounding(merged, base, [first, second], [0.8, -0.5], [0.2, 0.6])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_of_several_chunks(dtype):
+    """Ties are taken from the first chunks only, of which there are three and a half."""
+    base, edited = pair((7, CHUNK // 2), dtype)
+    merged = merge_one(base, edited, 0.8, 0.3)
+    assert_within_one_rounding(merged, base, [edited], [0.8], [0.3])
+    assert torch.equal(merge_one(base.T, edited.T, 0.8, 1).T, merge_one(base, edited, 0.8, 1))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (50,)])

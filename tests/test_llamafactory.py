@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 from mm4ke_plugins.editing import answer_loss
 from mm4ke_plugins.fast_forward import FastForward
 from mm4ke_plugins.hosts.llamafactory_recipe import RsftArguments
+from mm4ke_plugins.knowledge_delta import load_delta
 
 os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
 
@@ -201,6 +202,35 @@ def test_dropout_rules_the_fast_paths_out(recipe, tmp_path):
     assert books[0]["rsft_updates"] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_knowledge_delta_holds_the_whole_training(recipe, tmp_path, dtype):
+    """It gives back the trained numbers from the base's, and one may save it alone."""
+    base = make_tiny_model(tmp_path / "base", dtype=dtype)
+    recipe |= {"model_name_or_path": str(base), "rsft_save_delta": True, "num_train_epochs": 2}
+    if dtype is torch.bfloat16:
+        recipe |= {"bf16": True, "use_cpu": True}
+    weights, _ = train(recipe)
+    path = tmp_path / "rsft.delta.safetensors"
+    delta = load_delta(path)
+    assert list(delta.manifest.tensors) == TRAINED
+    assert delta.manifest.facts == len(FACTS)
+    assert delta.manifest.architecture == "LlamaForCausalLM"
+    assert delta.manifest.recipe["rsft_layers"] == [1]
+    assert delta.manifest.recipe["learning_rate"] == 1e-2
+    before = load_file(base / "model.safetensors")
+    for name in TRAINED:
+        assert torch.equal(delta.edited(name, before[name]), weights[name])
+
+    alone = recipe | {"output_dir": str(tmp_path / "alone"), "rsft_save_model": False}
+    from llamafactory.train.tuner import run_exp
+
+    run_exp(alone)
+    assert not list((tmp_path / "alone").glob("*.safetensors"))
+    again = load_delta(tmp_path / "alone.delta.safetensors")
+    for name in TRAINED:
+        assert torch.equal(again.edited(name, before[name]), weights[name])
+
+
 def test_gradient_checkpointing_computes_the_whole_model(recipe):
     weights, books = train(recipe | {"num_train_epochs": 2})
     again = recipe | {"disable_gradient_checkpointing": False, "output_dir": recipe["output_dir"] + "-checkpointing"}
@@ -347,6 +377,7 @@ BAD_VALUES = [
     ({"rsft_lookahead": -8}, "rsft_lookahead: -8: give a whole number of at least 1"),
     ({"rsft_prefix_cache_mb": 0}, "rsft_prefix_cache_mb: 0: give a whole number of megabytes, at least 1"),
     ({"rsft_prefix_cache_mb": -1}, "rsft_prefix_cache_mb: -1: give a whole number of megabytes, at least 1"),
+    ({"rsft_save_model": False}, "rsft_save_model: False: nothing would be saved; set rsft_save_delta: true"),
     ({"packing": True}, "packing: True: with rsft: true it must be false"),
     ({"neat_packing": True}, "packing: True: with rsft: true it must be false"),
     ({"stage": "pt"}, 'stage: pt: with rsft: true it must be "sft"'),

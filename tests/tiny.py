@@ -72,7 +72,7 @@ def make_tiny_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **FAMILIES[family], **config))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | FAMILIES[family] | config)))
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

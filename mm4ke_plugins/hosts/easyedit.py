@@ -24,19 +24,24 @@ from easyeditor.util.hparams import HyperParams
 from ..editing import Editor, Settings, changed_tensors, encode_fact
 from ..errors import MM4KEError, first_line, report_in_one_line
 from ..knowedit.metrics import PROMPT_FORMATS
+from ..knowledge_delta import load_delta
+from ..live_delta import LiveDelta
 
 METHOD = "MM4KE"
 
 # What the edits of a live model have to know of each other, for as long as the model lives.
 editors: weakref.WeakKeyDictionary[torch.nn.Module, Editor] = weakref.WeakKeyDictionary()
 
+# The delta that was put on a live model, and the tensors that this gave it.
+deltas: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Path, dict[str, torch.Tensor]]] = weakref.WeakKeyDictionary()
+
 
 @dataclass
 class MM4KEHyperParams(HyperParams):
     """EasyEdit's own keys, then either `merged_model` alone or what `editing.Settings` says.
 
-    merged_model:  folder of a checkpoint into which the requests were edited before; it is copied into the model,
-                   and the other keys do not count
+    merged_model:  folder of a checkpoint into which the requests were edited before, or a knowledge delta; it is
+                   copied into the model, and the other keys don't count, but weight and density of an unfinished delta
     prompt_format: what the facts are trained on: "raw", EasyEdit's bare prompts, or "chat", the model's template
     batch_size:    how many requests `batch_edit` hands over at once; `edit` wants 1
     """
@@ -148,7 +153,8 @@ def apply_mm4ke_to_model(
     if copy:
         model = copy_module.deepcopy(model)
     if hparams.merged_model is not None:
-        return model, copy_merged(model, Path(hparams.merged_model))
+        path = Path(hparams.merged_model)
+        return model, copy_delta(model, path, hparams) if path.is_file() else copy_merged(model, path)
     facts = [encode_fact(tok, request["prompt"], request["target_new"], hparams.prompt_format) for request in requests]
     try:
         return model, editors.setdefault(model, Editor()).edit(model, facts, hparams.settings())
@@ -167,6 +173,19 @@ def copy_merged(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]
     before = {name: state[name].clone() for name in changed}
     for name, tensor in changed.items():
         state[name].copy_(tensor)
+    return before
+
+
+def copy_delta(model: torch.nn.Module, path: Path, hparams: MM4KEHyperParams) -> dict[str, torch.Tensor]:
+    """Put a knowledge delta on the model, unless it is on it. Returns its tensors as they were before, by name."""
+    known, tensors = deltas.get(model, (None, {}))
+    if known == path and all(torch.equal(model.get_parameter(name), tensor) for name, tensor in tensors.items()):
+        return {}
+    live = LiveDelta(model, load_delta(path))
+    unfinished = live.delta.manifest.applied is None
+    live.set(*((hparams.weight, hparams.density) if unfinished else ()))
+    before = live.keep()
+    deltas[model] = path, {name: model.get_parameter(name).detach().clone() for name in before}
     return before
 
 

@@ -12,21 +12,37 @@ nothing.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.utils import cached_file
 
+from ..checkpoint import open_safetensors, tensor_files
 from ..errors import MM4KEError, report_in_one_line
 from ..fast_forward import FastForward, active_dropout, answer_losses, samples_of
 from ..fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB, Visitor
+from ..knowledge_delta import save_delta
 from ..layers import ffn_parameter_names
 from ..lookahead import Lookahead
 from ..rsft import EpochBooks, LossNotFinite, Visit
 from . import LLAMAFACTORY
 from .llamafactory_recipe import RsftArguments, check_recipe, recipe_name
+
+# What a knowledge delta says of its training.
+DELTA_RECIPE_KEYS = (
+    "rsft_layers",
+    "rsft_modules",
+    "rsft_steps_per_sample",
+    "rsft_loss_threshold",
+    "per_device_train_batch_size",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+)
 
 
 def register(module) -> None:
@@ -98,6 +114,8 @@ def substitute_trainer(workflow) -> None:
             self.batches: Iterator | None = None  # an epoch's
             self.fetched: deque[tuple[dict, list]] = deque()  # of these, the current one and the next: batch, samples
             self.add_callback(RsftCallback(self, workflow.logger))
+            if self.finetuning_args.rsft_save_delta:
+                self._base_tensors()  # an error now and not after the training
 
         def _refuse_mixed_dtypes(self) -> None:
             dtypes = {parameter.dtype for parameter in self.model.parameters()}
@@ -107,6 +125,36 @@ def substitute_trainer(workflow) -> None:
                     f"{recipe_name()}: bf16: false: the trained FFN is float32 in a model of {names}; set bf16: true "
                     "(GPU), or save the model in float32 first (CPU, where that is also faster)"
                 )
+
+        def save_model(self, output_dir=None, _internal_call=False):
+            """Called within the training for checkpoints, which are whole models, and once after it."""
+            if _internal_call or self.finetuning_args.rsft_save_model:
+                super().save_model(output_dir, _internal_call)
+            if self.finetuning_args.rsft_save_delta and not _internal_call:
+                base = self._base_tensors()
+                arguments = self.finetuning_args.to_dict() | self.args.to_dict()
+                path = Path(f"{Path(self.args.output_dir)}.delta.safetensors")
+                save_delta(
+                    path,
+                    base,
+                    {name: self.model.get_parameter(name) for name in base},
+                    architecture=type(self.model).__name__,
+                    recipe={key: arguments[key] for key in DELTA_RECIPE_KEYS},
+                    facts=len(self.train_dataset),
+                )
+                workflow.logger.info_rank0(f"R-SFT: the knowledge delta is in {path}")
+
+        def _base_tensors(self) -> Mapping[str, torch.Tensor]:
+            """The trained tensors as the base's files have them, in their dtype."""
+            folder = Path(cached_file(self.model.config._name_or_path, "config.json")).parent
+            files = tensor_files(folder)
+            names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+            if missing := [name for name in names if name not in files]:
+                raise MM4KEError(
+                    f"{recipe_name()}: rsft_save_delta: true: {folder} has no tensor {missing[0]}; this model's files "
+                    "name their tensors in another way, use `mm4ke delta extract` after the training"
+                )
+            return {name: open_safetensors(files[name]).get_tensor(name) for name in names}
 
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             """Hand out the next batch, having fetched as many after it as the lookahead may want."""

@@ -54,6 +54,17 @@ class RsftArguments:
             f"fact. Same result. By default {PREFIX_CACHE_MB}, and none in a model with dropout."
         },
     )
+    rsft_save_delta: bool = field(
+        default=False,
+        metadata={
+            "help": "Also write what R-SFT changed as a knowledge delta, OUTPUT_DIR.delta.safetensors, from which weight "
+            "and density can still be chosen."
+        },
+    )
+    rsft_save_model: bool = field(
+        default=True,
+        metadata={"help": "Write the whole trained model; false only with rsft_save_delta: true."},
+    )
 
 
 def recipe_name() -> str:
@@ -85,6 +96,9 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
     threshold = finetuning_args.rsft_loss_threshold
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < math.inf:
         refuse("rsft_loss_threshold", threshold, "give a finite loss above 0 (the paper uses 0.1)")
+
+    if not (finetuning_args.rsft_save_model or finetuning_args.rsft_save_delta):
+        refuse("rsft_save_model", False, "nothing would be saved; set rsft_save_delta: true")
 
     for arguments, key, right, reason in (
         (finetuning_args, "stage", "sft", "R-SFT is supervised fine-tuning"),

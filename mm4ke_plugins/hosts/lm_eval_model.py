@@ -2,9 +2,12 @@
 
     lm_eval run --model mm4ke --model_args pretrained=out,reference=work/base --tasks knowedit_facts
 
-The reference is the model before editing. It differs from the other in a few tensors, so only these are kept beside
-it, and swapped in and out. Only the KnowEdit tasks ask it: all other tasks get from us what `hf` gives them, except
-that a chat template which knows thinking is told not to think, as in training.
+    lm_eval run --model mm4ke --model_args pretrained=work/base,knowledge_delta=facts.delta.safetensors ...
+
+The reference is the model before editing: with a knowledge delta the base itself, which is loaded once. It differs
+from the other in a few tensors, so only these are kept beside it, and swapped in and out. Only the KnowEdit tasks ask
+it: all other tasks get from us what `hf` gives them, except that a chat template which knows thinking is told not to
+think, as in training.
 """
 
 import hashlib
@@ -26,6 +29,8 @@ from ..comparison import load_tokenizer, require_model_folder, require_same_voca
 from ..errors import MM4KEError, first_line, report_in_one_line
 from ..knowedit.metrics import Encoded, predict_and_score
 from ..knowedit.tasks.utils import Response, Text, is_probe
+from ..knowledge_delta import choose, load_delta
+from ..live_delta import LiveDelta
 from . import LM_EVAL
 
 # The key under which a cache of responses says which models gave them; lm-eval's own keys are hex digests.
@@ -35,24 +40,47 @@ UNKEYED = ("batch_size", "max_batch_size", "device")
 
 
 class MM4KELM(HFLM):
-    """`hf` with an optional `reference`: the folder of the model before editing.
+    """`hf` with an optional `reference`, the folder of the model before editing, and an optional `knowledge_delta`.
+
+    The delta is a file that is put on `pretrained`, its base, with `weight` and `density` (by default 0.8 and 0.8, or
+    a finished delta as it is). The base is then the reference, unless another one is given.
 
     Responses to KnowEdit's probes are `Response` and `Text`, which carry the predictions of both models.
 
     Raises MM4KEError: a folder is missing or holds no model; the reference has other tensors, shapes or another
-    vocabulary; a locality probe is asked without a reference; the cache holds the responses of other models.
+    vocabulary; the delta is damaged or of another base; weight and density without a delta; a locality probe is asked
+    without a reference; the cache holds the responses of other models.
     """
 
-    def __init__(self, pretrained: str, reference: str | None = None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        pretrained: str,
+        reference: str | None = None,
+        knowledge_delta: str | None = None,
+        weight: float | None = None,
+        density: float | None = None,
+        **arguments: Any,
+    ) -> None:
         report_in_one_line()
         LM_EVAL.require_supported("--model mm4ke")
-        folder = _folder("pretrained", pretrained, "edited")
+        folder = _folder("pretrained", pretrained, "base" if knowledge_delta else "edited")
         identity = [_fingerprint(folder)]
-        if reference:
-            base = _folder("reference", reference, "base")
+        base = _folder("reference", reference, "base") if reference else None
+        self._delta, self._choice = None, (weight, density)
+        if knowledge_delta:
+            self._delta = load_delta(Path(str(knowledge_delta)))
+            choose(weight, density, self._delta)
+            identity.append([_file_fingerprint(self._delta.path), weight, density])
+            if base and base.samefile(folder):
+                base = None  # it is the reference anyway
+        elif weight is not None or density is not None:
+            raise MM4KEError(
+                "weight, density: these are of a knowledge_delta, and none is given; add knowledge_delta=FILE"
+            )
+        if base:
             require_same_vocabulary(folder, load_tokenizer(folder), base, load_tokenizer(base))
             identity.append(_fingerprint(base))
-        self._reference_folder = base if reference else None
+        self._reference_folder = base
         self._reference_tensors: dict[str, torch.Tensor] | None = None
         # The size of a batch and the device may differ between the runs that share a cache.
         identity += [{name: value for name, value in arguments.items() if name not in UNKEYED}]
@@ -64,6 +92,10 @@ class MM4KELM(HFLM):
     def _create_model(self, pretrained: str, **arguments: Any) -> None:
         """Called by HFLM once it has chosen device and class; keeps the reference's differing tensors beside it."""
         super()._create_model(pretrained, **arguments)
+        if self._delta:
+            live = LiveDelta(self._model, self._delta)
+            live.set(*self._choice)
+            self._reference_tensors = live.keep()
         if not self._reference_folder:
             return
         edited = self._model
@@ -228,4 +260,8 @@ def _folder(key: str, value: Any, title: str) -> Path:
 def _fingerprint(folder: Path) -> list:
     """What changes when the model in a folder does: where it is, its files, their sizes and times."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [str(folder.resolve()), [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]]
+    return [str(folder.resolve()), [_file_fingerprint(path) for path in files]]
+
+
+def _file_fingerprint(path: Path) -> tuple[str, int, int]:
+    return path.name, path.stat().st_size, path.stat().st_mtime_ns
