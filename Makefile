@@ -1,16 +1,17 @@
-# Two commands on a machine with Python 3.11+, make and git:
+# Three commands on a machine with Python 3.11+, make and git:
 #
 #     make edit    teach SmolLM2-135M-Instruct the facts in recipes/facts.json, and show what that did
 #     make test    run the whole test suite
+#     make bench   measure speed and memory; FACTS=FILE takes other facts than recipes/facts.json
 #
-# Both make the environment .venv first. Running them again redoes only what is missing or outdated.
+# All make the environment .venv first. Running them again redoes only what is missing or outdated.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # So that the recipes below are literally what a user types.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: edit test clean
+.PHONY: edit test bench clean
 .DELETE_ON_ERROR:
 
 edit: work/comparison/comparison.md work/report/report.html
@@ -59,6 +60,17 @@ work/base/config.json: | $(BIN)/.hosts
 
 test: $(BIN)/.test
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+
+FACTS ?= recipes/facts.json
+
+bench: $(BIN)/.test work/base/config.json
+	python tests/benchmarks/startup.py
+	python tests/benchmarks/rsft.py --facts $(FACTS) 2> /dev/null
+	python tests/benchmarks/breadth_first.py --facts $(FACTS) 2> /dev/null
+	python tests/benchmarks/scaling.py
+	python tests/benchmarks/merge.py
+	python tests/benchmarks/top_p.py
+	python tests/benchmarks/knowledge_delta.py sizes
 
 $(BIN)/.hosts: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \

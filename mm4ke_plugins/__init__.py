@@ -1,9 +1,14 @@
 """Model Merging for Knowledge Editing (arXiv 2506.12384) as plugins for the tools people already run.
 
     rsft.py         Algorithm 1: robust supervised fine-tuning, one visit of one sample
+    fast_rsft.py    the same updates without wasted work: lookahead.py, and in fast_forward.py frozen_prefix.py,
+                    frozen_ffn.py and an output head for the answer only
     delta.py        Equations 5 and 6: the knowledge delta, its top-p entries, its weight
     layers.py       which parameters are "the FFN of layer n"
     editing.py      both on a model in memory
+    checkpoint.py   a model on disk as files of tensors
+    knowledge_delta.py   an edit as a small file; live_delta.py: on a model in memory; delta_commands.py: on disk
+    sweep.py        the choice of weight and density
     activation.py   how unmodified hosts find us
     hosts/          one thin adapter for each host
     knowedit/       KnowEdit records, EasyEdit's metrics, and lm-eval's tasks for them

@@ -29,7 +29,6 @@ from mergekit.options import MergeOptions
 from mm4ke_plugins.delta_commands import apply, extract
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.hosts.lm_eval_model import MM4KELM
-from mm4ke_plugins.hosts.mergekit_delta import deltas_as_models
 
 TASKS = ["facts_edit_success", "facts_portability_reasoning", "facts_locality_relation_specificity"]
 
@@ -149,11 +148,8 @@ def merging(tmp_path_factory) -> Path:
 
 
 def run_merge(content: dict, out: Path) -> dict[str, torch.Tensor]:
-    """mergekit's run_merge of a recipe, as our hook calls it."""
-    source = yaml.safe_dump(content)
-    options = MergeOptions(quiet=True)
-    with deltas_as_models(MergeConfiguration.model_validate(content), options) as config:
-        mergekit.merge.run_merge(config, str(out), options, source)
+    config = MergeConfiguration.model_validate(content)
+    mergekit.merge.run_merge(config, str(out), MergeOptions(quiet=True), yaml.safe_dump(content))
     return test_mergekit.load(out)
 
 
@@ -171,6 +167,8 @@ def test_mergekit_takes_deltas_for_edited_models(merging, tmp_path):
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor) and torch.equal(mixed[name], tensor)
         assert found[name].dtype == tensor.dtype
+    card = (tmp_path / "found" / "README.md").read_text()
+    assert str(merging / "rsft.delta") in card and "mm4ke-" not in card  # no folder that is gone
 
 
 @pytest.mark.parametrize(

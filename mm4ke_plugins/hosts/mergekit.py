@@ -103,9 +103,12 @@ def register_method(registry) -> None:
 
 def replace_run_merge(module) -> None:
     """Have recipes with our method checked first and their result written aside; all others run as before."""
+    from .mergekit_delta import deltas_as_models
     from .mergekit_recipe import check_models, check_recipe
+    from .mergekit_stream import StreamingExecutor
 
     run_merge = module.run_merge
+    module.Executor = functools.partial(StreamingExecutor, METHOD.spec.name)
 
     @functools.wraps(run_merge)
     def check_and_run_merge(merge_config, out_path, options, config_source=None):
@@ -116,9 +119,13 @@ def replace_run_merge(module) -> None:
         config_source = config_source or merge_config.to_yaml()
         check_recipe(merge_config, config_source, METHOD.spec)
         check_output(out_path, merge_config)
-        check_models(merge_config, options)
-        with written_aside(Path(out_path).resolve()) as folder:
-            run_merge(round_at_the_end(merge_config), str(folder), options, config_source)
+        with deltas_as_models(merge_config, options) as (merge_config, names):
+            check_models(merge_config, options)
+            with written_aside(Path(out_path).resolve()) as folder:
+                run_merge(round_at_the_end(merge_config), str(folder), options, config_source)
+                card = folder / "README.md"
+                for path, name in names.items() if card.is_file() else ():
+                    card.write_text(card.read_text(encoding="utf-8").replace(path, name), encoding="utf-8")
 
     module.run_merge = check_and_run_merge
 

@@ -216,7 +216,7 @@ def _check_tensors(
     edited_model: ModelReference,
     quiet: bool,
 ) -> None:
-    """Compare the shapes of all tensors, then their values up to the first difference."""
+    """Compare the shapes of all tensors, then first rows and at last everything, up to the first difference."""
     common = [name for name in base if name in edited]
     parts = {name: (base[name].get_slice(name), edited[name].get_slice(name)) for name in common}
     for name, (before, after) in parts.items():
@@ -225,8 +225,9 @@ def _check_tensors(
                 f"models: {edited_model}: {name} has the shape {after.get_shape()}, in base_model {base_model} "
                 f"{before.get_shape()}; merge only models of one architecture and vocabulary"
             )
-    # A tensor stored in another dtype was probably trained, so the search mostly ends with the first one.
-    common.sort(key=lambda name: parts[name][0].get_dtype() == parts[name][1].get_dtype())
+    # A tensor that was trained mostly differs in its first row already: models need not be read for that.
+    if any(not equal(*(part[:1] for part in parts[name])) for name in common if parts[name][0].get_shape()):
+        return
     for name in tqdm(common, desc=f"Looking for a change in {edited_model}", disable=quiet, leave=False):
         if not equal(base[name].get_tensor(name), edited[name].get_tensor(name)):
             return

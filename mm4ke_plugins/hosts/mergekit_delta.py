@@ -1,0 +1,106 @@
+"""A knowledge delta where a recipe names an edited model: `- model: ./facts.delta.safetensors`.
+
+mergekit has no seam for another kind of model file (`ShardedTensorIndex` knows a folder with model.safetensors or its
+index, and `AutoConfig` must find a config.json there). But its index may name files anywhere. So the delta becomes a
+folder that takes as much space as the edited tensors: these, the base's config, and an index that has all other
+tensors in the base's own files.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+
+from ..checkpoint import INDEX, NewTensor, open_safetensors, write_tensors
+from ..errors import MM4KEError
+from ..knowledge_delta import KnowledgeDelta, check_base, load_delta
+
+EDITED = "edited.safetensors"
+
+
+@contextmanager
+def deltas_as_models(
+    config: MergeConfiguration, options: MergeOptions
+) -> Iterator[tuple[MergeConfiguration, dict[str, str]]]:
+    """The same recipe with folders in the place of its deltas, for as long as this is open; which is which's folder.
+
+    Raises MM4KEError: what `load_delta` raises, a finished delta (the recipe's weight would scale it again), no
+    base_model for the whole recipe, a base that the delta was not taken from.
+    """
+    models = set(config.referenced_models()) - {config.base_model}
+    deltas = {str(model): Path(model.model.path) for model in models if _is_file(model)}
+    if not deltas:
+        yield config, {}
+        return
+    if config.base_model is None:
+        raise MM4KEError("base_model: missing; give the model that the knowledge delta was taken from")
+    LoaderCache().setup(options)
+    with tempfile.TemporaryDirectory(prefix="mm4ke-") as aside:
+        folders = {}
+        for number, (name, path) in enumerate(deltas.items()):
+            folders[name] = str(Path(aside, str(number), path.name))
+            _write_model(_unfinished(path), config.base_model, Path(folders[name]))
+        replaced = _replaced(config.model_dump(mode="json", exclude_none=True), folders)
+        yield MergeConfiguration.model_validate(replaced), {folder: name for name, folder in folders.items()}
+
+
+def _is_file(model: ModelReference) -> bool:
+    return model.lora is None and Path(model.model.path).is_file()
+
+
+def _unfinished(path: Path) -> KnowledgeDelta:
+    delta = load_delta(path)
+    if applied := delta.manifest.applied:
+        raise MM4KEError(
+            f"models: {path}: is finished (weight {applied.weight}, density {applied.density}), and would be weighed "
+            "again; give an unfinished delta, or use `mm4ke delta apply`"
+        )
+    return delta
+
+
+def _write_model(delta: KnowledgeDelta, base: ModelReference, folder: Path) -> None:
+    """The edited model: its own tensors, and references to the base's."""
+    index = LoaderCache().get(base).index
+    weight_map = {name: str(Path(index.base_path, file).resolve()) for name, file in index.tensor_paths.items()}
+    new = {}
+    with ExitStack() as stack:
+
+        def read(name: str) -> torch.Tensor:
+            return stack.enter_context(open_safetensors(Path(weight_map[name]))).get_tensor(name)
+
+        for name, info in delta.manifest.tensors.items():
+            if name not in weight_map or not index.is_safetensors:
+                raise MM4KEError(
+                    f"base_model: {base}: {name} is missing in its safetensors files; "
+                    f"give the base that {delta.path} was taken from"
+                )
+            check_base([delta], name, read(name), f"base_model: {base}")
+            make = partial(lambda name: delta.edited(name, read(name)), name)
+            new[name] = NewTensor(info.common_dtype, tuple(info.shape), make)
+        folder.mkdir(parents=True)
+        write_tensors(folder / EDITED, new, {"format": "pt"})
+    weight_map |= dict.fromkeys(new, EDITED)
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    for path in Path(index.base_path).iterdir():
+        if path.name == "config.json" or path.suffix == ".py":
+            shutil.copyfile(path, folder / path.name)
+
+
+def _replaced(part: Any, folders: dict[str, str]) -> Any:
+    """The same part of a recipe, with other names of models."""
+    if isinstance(part, dict):
+        return {
+            key: folders.get(value, value) if key == "model" and isinstance(value, str) else _replaced(value, folders)
+            for key, value in part.items()
+        }
+    return [_replaced(entry, folders) for entry in part] if isinstance(part, list) else part
