@@ -15,15 +15,16 @@ the lowest KL is picked. The standard error is that of the mean difference betwe
 and the rule the one-standard-error rule of Breiman et al. (1984): without it, one token of one record outweighs a KL
 that is a third lower. Without locality probes the KL decides.
 
-What is not measured. Edit success is asked first, with a fifth of the questions or so. A point that loses too much of it
-can't be picked, whatever else it scores, so it is asked no more (`hopeless`). Two hopeless weights in a row, and the
-lower ones at this density are left out; two densities in a row with nothing but hopeless weights, and the lower ones
-are left out too (`skipped`). That supposes that edit success falls with weight and with density. It does, up to noise,
-hence the second one; but nothing proves it, and weights above 1, which may overshoot, don't count.
+What is not measured. Edit success is asked first, with a fifth of the questions or so. A point that loses too much of
+it can't be picked, whatever else it scores, so it is asked no more (`hopeless`). Two hopeless weights in a row, and
+the lower ones at this density are left out; two densities in a row with nothing but hopeless weights, and the lower
+ones are left out too (`skipped`). That supposes that edit success falls with weight and with density. It does, up to
+noise, hence the second one; but nothing proves it, and weights above 1, which may overshoot, don't count.
 
-Where an edit has changed several layers, the grid is the same for all of them first. Then, layer by layer, other weights
-and after these other densities of the grid are tried for this layer alone, and one that is better is kept. One round of
-this coordinate descent has (weights + densities) points a layer; the grid of all layers would have as many factors.
+Where an edit has changed several layers, the grid is the same for all of them first. Then, layer by layer, other
+weights and after these other densities of the grid are tried for this layer alone, and one that is better is kept. One
+round of this coordinate descent has (weights + densities) points a layer; the grid of all layers would have as many
+factors as there are layers.
 """
 
 import math

@@ -39,7 +39,6 @@ FACTS = [
     }
     for name, answer in (("Oz", "Tark"), ("Ur", "Up"), ("Ix", "Ann"), ("Aa", "Bo"), ("Ys", "Kit"))
 ]
-FORMATS = ("raw", "chat")
 GRID = {"weights": [1.0, 0.8, 0.5], "densities": [1.0, 0.5]}
 TEXT = (Path(sweep_module.__file__).parent / "neutral_text.txt").read_text(encoding="utf-8")
 
@@ -159,11 +158,10 @@ def test_raw_prompts_and_facts_without_probes(home, tmp_path):
     able = [row for row in able if row["scores"]["choice"]["edit_success"] >= result["required"]]
     assert result["picked"]["kl"] == min(row["kl"] for row in able)
     write(result, tmp_path / "out")
-    grid = {"weights": [1.0], "densities": [1.0], "keep": 0.1}
-    raw, chat = (
-        sweep(home / "base", home / "one", home / "facts.json", prompt_format=form, **grid) for form in FORMATS
-    )
-    assert raw["rsft"]["scores"] != chat["rsft"]["scores"]
+    grid = {"weights": [1.0], "densities": [1.0], "prompt_format": "raw"}
+    raw = sweep(home / "base", home / "one", home / "facts.json", **grid)
+    edit_success = [found["rsft"]["scores"]["choice"]["edit_success"] for found in (raw, result)]
+    assert edit_success[0] != edit_success[1]
 
 
 # ---- what is left out, and the rule ----
