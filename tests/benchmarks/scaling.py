@@ -24,7 +24,7 @@ from mm4ke_plugins.fast_forward import FastForward
 from mm4ke_plugins.fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB
 
 LAYERS = 6
-EPOCHS = 2
+EPOCHS = 1
 
 
 def invented(count: int) -> list[dict[str, str]]:
@@ -87,7 +87,7 @@ def main(base: Path, facts: str, only: int | None) -> None:
     if only:
         print("RESULT " + json.dumps(train(base, only)))
         return
-    print(f"{machine()}\n{LAYERS} layers, {EPOCHS} epochs, K = 1, prefixes up to {PREFIX_CACHE_MB} MB\n")
+    print(f"{machine()}\n{LAYERS} layers, {EPOCHS} epoch, K = 1, prefixes up to {PREFIX_CACHE_MB} MB\n")
     print(
         f"{'facts':>6}{'updates':>9}{'seconds':>9}{'ms/visit':>10}{'ratio':>7}{'memory MB':>11}{'of it prefixes':>16}"
     )
