@@ -4,7 +4,7 @@
 
 Needs:  work/base   mm4ke model --link work/base
 
-The first 6 layers of SmolLM2-135M-Instruct (the time of an update is not the point here), invented facts, two epochs
+The first 6 layers of SmolLM2-135M-Instruct (the time of an update is not the point here), invented facts, one epoch
 with K = 1, fast paths as in recipes/rsft.yaml. Each number of facts has a process of its own. Its memory is the peak
 resident set during training minus that before it; the prefixes of facts are kept up to the default budget.
 """
