@@ -7,7 +7,6 @@ file by the kernel. It is written aside and renamed when it is complete.
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from .checkpoint import equal_and_finite, open_tensors, rewrite, stored_tensors, tensor_files
 from .errors import MM4KEError, first_line
+from .files import written_aside
 from .knowledge_delta import (
     DTYPES,
     MAGNITUDES,
@@ -291,15 +291,9 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise MM4KEError(f"{output}: exists; remove it or give another folder")
-    target = output.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as aside:
-        folder = Path(aside, target.name)
+    with written_aside(output.resolve()) as folder:
         folder.mkdir()
         yield folder
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
 
 
 # ---- show and diff ----

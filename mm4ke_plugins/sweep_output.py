@@ -11,7 +11,6 @@ import io
 import json
 import os
 import shlex
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import MM4KEError
+from .files import written_aside
 from .knowedit.metrics import METRICS
 from .report.figures import MARKERS
 from .sweep import DEFAULT, HALVES, Point, title
@@ -160,11 +160,8 @@ def write(result: dict[str, Any], output: Path) -> None:
     Raises MM4KEError: see `check_output`; a full disk and the like.
     """
     check_output(output)
-    target = output.resolve()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as aside:
-            folder = Path(aside, target.name)
+        with written_aside(output.resolve()) as folder:
             folder.mkdir()
             for name, text in (
                 ("sweep.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"),
@@ -175,9 +172,6 @@ def write(result: dict[str, Any], output: Path) -> None:
             for name, figure in figures(result):
                 for suffix in ("svg", "png"):
                     figure.savefig(folder / f"{name}.{suffix}", dpi=150, bbox_inches="tight")
-            if target.exists():
-                target.rename(Path(aside, "earlier"))
-            folder.rename(target)
     except OSError as error:
         raise MM4KEError(f"{output}: can't be written: {error.strerror or error}; give another place") from None
 

@@ -11,9 +11,7 @@ is half-imported when PyTorch calls us. So the method itself checks all that it 
 
 import functools
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +31,7 @@ from pydantic import Field
 
 from ..delta import merge
 from ..errors import MM4KEError, report_in_one_line
+from ..files import written_aside
 from . import MERGEKIT
 
 # Weights beyond 1 (more than the training did) and below 0 (forgetting) are known practice; 80 is a percentage.
@@ -152,25 +151,3 @@ def check_output(out_path: str, merge_config) -> None:
         return
     if not folder.is_dir() or any(folder.iterdir()):
         raise MM4KEError(f"{out_path}: exists and is no earlier result of mergekit; remove it or give another folder")
-
-
-@contextmanager
-def written_aside(out_path: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `out_path` if all goes well and is removed if not.
-
-    An `out_path` that exists is replaced as a whole, and only then. The folder is in a hidden sibling of out_path, on
-    the same disk, so that it can be renamed; and it has out_path's name, which mergekit writes into the model card.
-    """
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_path.parent, prefix=f".{out_path.name}-") as aside:
-        folder = Path(aside, out_path.name)
-        yield folder
-        earlier = Path(aside, f"earlier-{out_path.name}")
-        if out_path.exists():
-            out_path.rename(earlier)
-        try:
-            folder.rename(out_path)
-        except BaseException:
-            if earlier.exists():
-                earlier.rename(out_path)
-            raise
