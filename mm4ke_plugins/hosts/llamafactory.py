@@ -12,7 +12,7 @@ nothing.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +115,7 @@ def substitute_trainer(workflow) -> None:
             self.fetched: deque[tuple[dict, list]] = deque()  # of these, the current one and the next: batch, samples
             self.add_callback(RsftCallback(self, workflow.logger))
             if self.finetuning_args.rsft_save_delta:
-                self._base_tensors()  # an error now and not after the training
+                self._base_files()  # an error now and not after the training
 
         def _refuse_mixed_dtypes(self) -> None:
             dtypes = {parameter.dtype for parameter in self.model.parameters()}
@@ -131,7 +131,7 @@ def substitute_trainer(workflow) -> None:
             if _internal_call or self.finetuning_args.rsft_save_model:
                 super().save_model(output_dir, _internal_call)
             if self.finetuning_args.rsft_save_delta and not _internal_call:
-                base = self._base_tensors()
+                base = {name: open_safetensors(file).get_tensor(name) for name, file in self._base_files().items()}
                 arguments = self.finetuning_args.to_dict() | self.args.to_dict()
                 path = Path(f"{Path(self.args.output_dir)}.delta.safetensors")
                 save_delta(
@@ -144,8 +144,8 @@ def substitute_trainer(workflow) -> None:
                 )
                 workflow.logger.info_rank0(f"R-SFT: the knowledge delta is in {path}")
 
-        def _base_tensors(self) -> Mapping[str, torch.Tensor]:
-            """The trained tensors as the base's files have them, in their dtype."""
+        def _base_files(self) -> dict[str, Path]:
+            """The file of the base that holds each trained tensor, in its own dtype."""
             folder = Path(cached_file(self.model.config._name_or_path, "config.json")).parent
             files = tensor_files(folder)
             names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -154,7 +154,7 @@ def substitute_trainer(workflow) -> None:
                     f"{recipe_name()}: rsft_save_delta: true: {folder} has no tensor {missing[0]}; this model's files "
                     "name their tensors in another way, use `mm4ke delta extract` after the training"
                 )
-            return {name: open_safetensors(files[name]).get_tensor(name) for name in names}
+            return {name: files[name] for name in names}
 
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             """Hand out the next batch, having fetched as many after it as the lookahead may want."""
