@@ -159,7 +159,7 @@ def merge(
     Raises MM4KEError for a NaN or an infinite entry and for a density out of range.
     """
     for name, tensor in zip(names, (base, *edited), strict=True):
-        _require_finite(tensor, name)
+        require_finite(tensor, name)
     dtype = dtype or base.dtype
     original = base.reshape(-1)
     changes = []
@@ -204,7 +204,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(tensor.sum()) or all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
-def _require_finite(tensor: torch.Tensor, name: str) -> None:
+def require_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raise MM4KEError for a NaN or infinite entry. `name`: what the error calls the tensor."""
     if not is_finite(tensor):
         found = "NaN" if tensor.isnan().any() else "an infinite number"
-        raise MM4KEError(f"{name}: holds {found}; a checkpoint like this can't be merged, train or copy it again")
+        raise MM4KEError(f"{name}: holds {found}; numbers like this can't be merged, train or copy it again")

@@ -22,23 +22,12 @@ from rich.text import Text
 from tqdm import tqdm
 
 from .checkpoint import equal_and_finite, open_tensors, rewrite, stored_tensors, tensor_files
+from .delta_encoding import DTYPES, in_threads, shape_text, tensor_sha256
+from .delta_manifest import MAGNITUDES, Manifest, choose
+from .delta_merging import check_alike, check_base, merged_tensor
 from .errors import MM4KEError, first_line
 from .files import written_aside
-from .knowledge_delta import (
-    DTYPES,
-    MAGNITUDES,
-    KnowledgeDelta,
-    Manifest,
-    check_alike,
-    check_base,
-    choose,
-    in_threads,
-    load_delta,
-    merged_tensor,
-    save_delta,
-    shape_text,
-    tensor_sha256,
-)
+from .knowledge_delta import KnowledgeDelta, load_delta, save_delta
 
 # Other forms of a model's weights. Beside new weights they would be the old model.
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
@@ -80,7 +69,7 @@ def extract(
 
     Raises MM4KEError: a folder or the recipe can't be read, the two are not of one model; what `save_delta` raises.
     """
-    choose(weight, density, None)
+    choose(weight, density)
     settings = _read_recipe(recipe) if recipe else None
     architecture = _architecture(base)
     with ExitStack() as stack:
@@ -167,7 +156,7 @@ def apply(
     found = [load_delta(path) for path in deltas]
     check_alike(found)
     choices = [
-        choose(_of(weights, place, found, "--weight"), _of(densities, place, found, "--density"), delta)
+        choose(_of(weights, place, found, "--weight"), _of(densities, place, found, "--density"), delta.manifest)
         for place, delta in enumerate(found)
     ]
     names = {name for delta in found for name in delta.manifest.tensors}

@@ -31,141 +31,45 @@ positions above 15/16. Deflate would take off a third of the steps, at 50 MB/s.
 """
 
 import hashlib
-import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from . import __version__
 from .checkpoint import DTYPE_NAMES, NewTensor, write_tensors
-from .delta import is_finite, merge
+from .delta import merge, require_finite
+from .delta_encoding import (
+    BITS,
+    DTYPES,
+    bits_of,
+    count_bits,
+    dtype_name,
+    from_gaps,
+    identical,
+    in_threads,
+    ordered,
+    shape_text,
+    tensor_sha256,
+    to_gaps,
+    unpack_bits,
+)
+from .delta_manifest import MAGNITUDES, Applied, Manifest, TensorInfo, choose, line, setting
 from .errors import MM4KEError, first_line
 
 MANIFEST_KEY, SHA256_KEY = "mm4ke_knowledge_delta", "mm4ke_sha256"
 
-# What an unfinished delta is applied with where nothing else is said, as in `merge_method: mm4ke`.
-DEFAULT_WEIGHT = DEFAULT_DENSITY = 0.8
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-
-# The upper ends of the histogram's classes of |difference|; the last class is open.
-MAGNITUDES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-
 # Entries that are decoded at once: some hundred KB, so that they stay in a CPU's cache. A multiple of 8.
 PIECE = 1 << 19
 GPU_PIECE = 1 << 26
-
-MAX_GAP = 255
-
-
-def _printable(text: str) -> str:
-    # A terminal would obey control characters.
-    if not text.isprintable():
-        raise ValueError("control characters are not allowed")
-    return text
-
-
-Name = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_printable)]
-Line = Annotated[str, Field(max_length=500), AfterValidator(_printable)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Size = Annotated[int, Field(ge=1, le=1 << 48)]
-Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Scalar = bool | int | Annotated[float, Field(allow_inf_nan=False)] | Line | None
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class TensorInfo(Strict):
-    """One changed tensor.
-
-    base_sha256:    of the base's tensor, as `tensor_sha256` takes it
-    count:          how many entries are kept
-    norm:           the Frobenius norm of edited - base, float32; base_norm: that of the base
-    magnitudes:     how many kept entries have |edited - base| below each of MAGNITUDES (and not in an earlier class)
-    """
-
-    shape: Annotated[list[Size], Field(max_length=8)]
-    base_dtype: Literal["float32", "bfloat16", "float16"]
-    edited_dtype: Literal["float32", "bfloat16", "float16"]
-    base_sha256: Sha256
-    positions: Literal["all", "bitmap", "gaps"]
-    count: Size
-    norm: Measure
-    base_norm: Measure
-    magnitudes: Annotated[
-        list[Annotated[int, Field(ge=0)]], Field(min_length=len(MAGNITUDES) + 1, max_length=len(MAGNITUDES) + 1)
-    ]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def common_dtype(self) -> torch.dtype:
-        """The dtype of which the steps are: both the base's and the edited numbers fit into it."""
-        return torch.promote_types(DTYPES[self.base_dtype], DTYPES[self.edited_dtype])
-
-
-class Applied(Strict):
-    """What a finished delta was made with; 1 and 1 is an edited model as it was."""
-
-    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
-    density: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-
-
-class Manifest(Strict):
-    """What is known of a delta besides its numbers.
-
-    architecture: the class in the base's config.json; empty where not known
-    applied:      None in an unfinished delta
-    recipe:       the settings that it was trained with; facts: how many it was trained on. Both None if not known
-    created:      ISO 8601, in UTC
-    """
-
-    format: Literal[1] = 1
-    mm4ke_version: Line = __version__
-    created: Line
-    architecture: Line
-    applied: Applied | None
-    recipe: dict[Name, Scalar | list[Scalar]] | None = None
-    facts: Annotated[int, Field(ge=0)] | None = None
-    tensors: Annotated[dict[Name, TensorInfo], Field(min_length=1)]
-
-
-# ---- hashes ----
-
-
-def tensor_sha256(tensor: torch.Tensor) -> str:
-    """The hash of a tensor's dtype, shape and bytes in row-major order, on whatever device it is."""
-    digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """The function of each item. Hashing and numpy let other threads run meanwhile."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(function, items))
-
-
-def _file_sha256(manifest: str, arrays: Mapping[str, torch.Tensor]) -> str:
-    names = sorted(arrays)
-    digests = in_threads(lambda name: tensor_sha256(arrays[name]), names)
-    lines = [manifest, *(f"{digest} {name}" for name, digest in zip(names, digests))]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 # ---- writing ----
@@ -199,7 +103,7 @@ def save_delta(
     """
     applied = None
     if weight is not None or density is not None:
-        weight, density = choose(weight, density, None)
+        weight, density = choose(weight, density)
         applied = Applied(weight=weight, density=density)
     arrays: dict[str, torch.Tensor] = {}
     infos: dict[str, TensorInfo] = {}
@@ -230,7 +134,7 @@ def save_delta(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         architecture=architecture,
         applied=applied,
-        recipe=None if recipe is None else {str(key): _setting(value) for key, value in recipe.items()},
+        recipe=None if recipe is None else {str(key): setting(value) for key, value in recipe.items()},
         facts=facts,
         tensors=infos,
     )
@@ -260,7 +164,7 @@ def _encode(
 ) -> tuple[TensorInfo, dict[str, torch.Tensor]] | None:
     """A tensor's entry in the manifest and its arrays by the part of their name; None where no bit differs."""
     common = torch.promote_types(base.dtype, edited.dtype)
-    steps = _ordered(_bits(edited, common)) - _ordered(_bits(base, common))
+    steps = ordered(bits_of(edited, common)) - ordered(bits_of(base, common))
     mask = steps.ne(0).numpy()
     kept = np.flatnonzero(mask)
     if not len(kept):
@@ -268,7 +172,7 @@ def _encode(
     size = steps.element_size() + (base.element_size() if keep_base else 0)
     parts, positions = {"bitmap": torch.from_numpy(np.packbits(mask, bitorder="little"))}, "bitmap"
     if len(kept) < parts["bitmap"].numel():
-        gaps = _gaps(kept)
+        gaps = to_gaps(kept)
         if len(gaps) < parts["bitmap"].numel():
             parts, positions = {"gaps": torch.from_numpy(gaps)}, "gaps"
     elif parts["bitmap"].numel() + len(kept) * size >= len(mask) * size:
@@ -299,25 +203,11 @@ def _norm(tensor: torch.Tensor) -> float:
     return min(float(torch.linalg.vector_norm(tensor, dtype=torch.float32)), sys.float_info.max)
 
 
-def _gaps(positions: np.ndarray) -> np.ndarray:
-    skipped = np.diff(positions, prepend=-1) - 1
-    full = skipped // MAX_GAP
-    gaps = np.full(int(full.sum()) + len(positions), MAX_GAP, np.uint8)
-    gaps[np.cumsum(full + 1) - 1] = skipped % MAX_GAP
-    return gaps
-
-
-def _setting(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_setting(entry) if isinstance(entry, (bool, int, float, str)) else _line(entry) for entry in value]
-    if value is None or isinstance(value, (bool, int)) or isinstance(value, float) and math.isfinite(value):
-        return value
-    return _line(value)
-
-
-def _line(value: Any) -> str:
-    """A text that is safe to print, of whatever a stranger wrote."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(value))[:500]
+def _file_sha256(manifest: str, arrays: Mapping[str, torch.Tensor]) -> str:
+    names = sorted(arrays)
+    digests = in_threads(lambda name: tensor_sha256(arrays[name]), names)
+    lines = [manifest, *(f"{digest} {name}" for name, digest in zip(names, digests))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 # ---- reading ----
@@ -341,8 +231,9 @@ class KnowledgeDelta:
         Raises MM4KEError for a result that is not finite.
         """
         info = self.manifest.tensors[name]
-        bits = _bits(base, info.common_dtype, copy=True)
-        self._walk(name, "steps", bits, lambda old, steps: _ordered(_ordered(old) + steps))
+        bits = bits_of(base, info.common_dtype, copy=True)
+        for piece, put in self._pieces(name, "steps", bits):
+            piece.copy_(ordered(ordered(piece) + put(torch.zeros_like(piece))))
         edited = bits.view(info.common_dtype).view(base.shape)
         require_finite(edited, f"{self.path}: {name}")
         return edited
@@ -356,11 +247,13 @@ class KnowledgeDelta:
         info = self.manifest.tensors[name]
         dtype = DTYPES[info.base_dtype]
         if self.manifest.applied is None:
-            bits = _bits(tensor, dtype, copy=True)
-            self._walk(name, "base", bits, lambda old, base: base)
+            bits = bits_of(tensor, dtype, copy=True)
+            for piece, put in self._pieces(name, "base", bits):
+                piece.copy_(put(piece))
             return bits.view(dtype).view(tensor.shape)
-        bits = _bits(tensor, info.common_dtype, copy=True)
-        self._walk(name, "steps", bits, lambda old, steps: _ordered(_ordered(old) - steps))
+        bits = bits_of(tensor, info.common_dtype, copy=True)
+        for piece, put in self._pieces(name, "steps", bits):
+            piece.copy_(ordered(ordered(piece) - put(torch.zeros_like(piece))))
         return bits.view(info.common_dtype).view(tensor.shape).to(dtype)
 
     def positions(self, name: str) -> np.ndarray:
@@ -369,7 +262,7 @@ class KnowledgeDelta:
         if info.positions == "all":
             return np.arange(info.count)
         if info.positions == "gaps":
-            return _from_gaps(self.arrays[f"{name}:gaps"].numpy())
+            return from_gaps(self.arrays[f"{name}:gaps"].numpy())
         return np.flatnonzero(np.unpackbits(self.arrays[f"{name}:bitmap"].numpy(), bitorder="little"))
 
     def changes(self, name: str, base: torch.Tensor | None = None) -> np.ndarray | None:
@@ -381,51 +274,30 @@ class KnowledgeDelta:
         if self.manifest.applied is not None:
             return None
         before = self.arrays[f"{name}:base"]
-        bits = _ordered(_ordered(_bits(before, info.common_dtype)) + self.arrays[f"{name}:steps"])
+        bits = ordered(ordered(bits_of(before, info.common_dtype)) + self.arrays[f"{name}:steps"])
         return (bits.view(info.common_dtype).float() - before.float()).numpy()
 
-    def _walk(self, name: str, part: str, bits: torch.Tensor, change: Callable[[Any, Any], Any]) -> None:
-        """Replace the kept entries of the flat `bits` by `change(entries, the part's entries)`, piece by piece."""
+    def _pieces(self, name: str, part: str, bits: torch.Tensor) -> Iterator[tuple[torch.Tensor, Callable]]:
+        """Parts of the flat `bits`, each with what puts the values of its kept entries into a tensor of its size."""
+        info, device = self.manifest.tensors[name], bits.device
         values = self.arrays[f"{name}:{part}"].view(bits.dtype)
-        for piece, index, chosen in self._pieces(name, bits.device):
-            # numpy's indexing takes half of torch's time on a CPU.
-            if bits.device.type == "cpu":
-                target, news = bits.numpy()[piece], values[chosen].numpy()
-            else:
-                target, news = bits[piece], values[chosen].to(bits.device)
-            target[index] = change(target[index], news)
-
-    def _pieces(self, name: str, device: torch.device) -> Iterator[tuple[slice, Any, slice]]:
-        """Parts of a tensor: where it is, which entries in it are kept, and where their values are among all."""
-        info = self.manifest.tensors[name]
-        size = PIECE if device.type == "cpu" else GPU_PIECE
         if info.positions == "gaps":
-            positions = self.positions(name)
-            index = positions if device.type == "cpu" else torch.from_numpy(positions).to(device)
-            yield slice(0, info.numel), index, slice(0, info.count)
-            return
-        done = 0
+            mask = torch.zeros(info.numel, dtype=torch.bool, device=device)
+            mask[torch.from_numpy(self.positions(name)).to(device)] = True
+        size, done = PIECE if device.type == "cpu" else GPU_PIECE, 0
         for start in range(0, info.numel, size):
             stop = min(start + size, info.numel)
             if info.positions == "all":
-                yield slice(start, stop), slice(None), slice(start, stop)
+                yield bits[start:stop], values[start:stop].to(device).expand_as
                 continue
-            packed = self.arrays[f"{name}:bitmap"][start // 8 : (stop + 7) // 8]
-            index = unpack_indices(packed, device)
-            yield slice(start, stop), index, slice(done, done := done + len(index))
-
-
-def unpack_indices(bitmap: torch.Tensor, device: torch.device) -> Any:
-    """The places of the bits that are set: an array for a CPU, a tensor on any other device."""
-    if device.type == "cpu":
-        return np.flatnonzero(np.unpackbits(bitmap.numpy(), bitorder="little"))
-    shifts = torch.arange(8, dtype=torch.uint8, device=device)
-    return (bitmap.to(device)[:, None] >> shifts & 1).reshape(-1).nonzero()[:, 0]
-
-
-def _from_gaps(gaps: np.ndarray) -> np.ndarray:
-    is_entry = gaps != MAX_GAP
-    return np.cumsum(gaps + is_entry.astype(np.int64))[is_entry] - 1
+            if info.positions == "gaps":
+                kept = mask[start:stop]
+            else:
+                kept = unpack_bits(self.arrays[f"{name}:bitmap"][start // 8 : (stop + 7) // 8].to(device))[
+                    : stop - start
+                ]
+            before, done = done, done + int(kept.count_nonzero())
+            yield bits[start:stop], partial(torch.masked_scatter, mask=kept, source=values[before:done].to(device))
 
 
 def load_delta(path: Path) -> KnowledgeDelta:
@@ -447,7 +319,7 @@ def load_delta(path: Path) -> KnowledgeDelta:
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # the last two: torch, of odd offsets
         raise MM4KEError(
-            f"{path}: not a readable safetensors file: {_line(first_line(error))}; copy or make it again"
+            f"{path}: not a readable safetensors file: {line(first_line(error))}; copy or make it again"
         ) from None
     if metadata.get(SHA256_KEY) != _file_sha256(metadata[MANIFEST_KEY], arrays):
         raise MM4KEError(f"{path}: damaged: its content is not what its checksum says; copy or make it again")
@@ -469,7 +341,7 @@ def _read_manifest(path: Path, metadata: Mapping[str, str]) -> Manifest:
         key = ".".join(map(str, problem["loc"])) or "manifest"
         if problem["loc"] == ("format",):
             raise MM4KEError(f"{path}: format: not that of version {__version__}; update mm4ke-plugins") from None
-        raise MM4KEError(f"{path}: {_line(key)}: {_line(problem['msg'])}; copy or make it again") from None
+        raise MM4KEError(f"{path}: {line(key)}: {line(problem['msg'])}; copy or make it again") from None
 
 
 def _check_arrays(path: Path, manifest: Manifest, found: Mapping[str, Any]) -> None:
@@ -490,7 +362,7 @@ def _check_arrays(path: Path, manifest: Manifest, found: Mapping[str, Any]) -> N
             expected[f"{name}:gaps"] = "U8", None
     if differing := sorted(expected.keys() ^ found.keys()):
         state = "missing" if differing[0] in expected else "unknown"
-        raise MM4KEError(f"{path}: {_line(differing[0])}: {state}; copy or make it again")
+        raise MM4KEError(f"{path}: {line(differing[0])}: {state}; copy or make it again")
     for name, (dtype, shape) in expected.items():
         part = found[name]
         if part.get_dtype() != dtype or (len(part.get_shape()) != 1 if shape is None else part.get_shape() != shape):
@@ -505,7 +377,7 @@ def _check_positions(delta: KnowledgeDelta, name: str) -> None:
     if info.positions == "bitmap":
         bitmap = delta.arrays[f"{name}:bitmap"].numpy()
         last = np.unpackbits(bitmap[-1:], bitorder="little")[(info.numel - 1) % 8 + 1 :]
-        right = _count_bits(bitmap) == info.count and not last.any()
+        right = count_bits(bitmap) == info.count and not last.any()
     elif info.positions == "gaps":
         positions = delta.positions(name)
         right = len(positions) == info.count and positions[-1] < info.numel
@@ -513,127 +385,3 @@ def _check_positions(delta: KnowledgeDelta, name: str) -> None:
         raise MM4KEError(
             f"{delta.path}: {name}: its positions are not {info.count} of {info.numel} entries; copy or make it again"
         )
-
-
-def _count_bits(bitmap: np.ndarray) -> int:
-    counts = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
-    return int(np.bincount(bitmap, minlength=256) @ counts)
-
-
-# ---- using ----
-
-
-def choose(weight: float | None, density: float | None, delta: KnowledgeDelta | None) -> tuple[float, float]:
-    """The weight and density that count where one may be left out: 1 and 1 for a finished delta, else 0.8 and 0.8.
-
-    Raises MM4KEError for a weight outside -10 to 10 and a density that is not above 0 and up to 1.
-    """
-    finished = delta is not None and delta.manifest.applied is not None
-    weight = (1.0 if finished else DEFAULT_WEIGHT) if weight is None else weight
-    density = (1.0 if finished else DEFAULT_DENSITY) if density is None else density
-    if not isinstance(weight, (int, float)) or not -10 <= weight <= 10:
-        raise MM4KEError(f"weight: {weight}: give a number from -10 to 10 (default {DEFAULT_WEIGHT})")
-    if not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise MM4KEError(f"density: {density}: give a share above 0, up to 1 (default {DEFAULT_DENSITY})")
-    return float(weight), float(density)
-
-
-def check_base(deltas: Sequence[KnowledgeDelta], name: str, base: torch.Tensor, owner: str) -> None:
-    """Refuse a tensor that is not the one that the deltas were taken from, by shape, dtype and hash.
-
-    owner: what an error calls the model that has the tensor
-    """
-    digest = None
-    for delta in deltas:
-        if name not in delta.manifest.tensors:
-            continue
-        info = delta.manifest.tensors[name]
-        if list(base.shape) != info.shape:
-            raise MM4KEError(
-                f"{owner}: {name} is {shape_text(base.shape)}, in {delta.path} {shape_text(info.shape)}; "
-                "give the base that the delta was taken from"
-            )
-        if dtype_name(base.dtype) != info.base_dtype:
-            raise MM4KEError(
-                f"{owner}: {name} is {dtype_name(base.dtype)}, {delta.path} was taken from {info.base_dtype}; "
-                f"load the model with dtype={info.base_dtype}"
-            )
-        digest = digest or tensor_sha256(base)
-        if digest != info.base_sha256:
-            raise MM4KEError(
-                f"{owner}: {name} holds other numbers than the base that {delta.path} was taken from; give that base"
-            )
-
-
-def check_alike(deltas: Sequence[KnowledgeDelta]) -> None:
-    """Refuse deltas that can't be of one base: other architectures, or a tensor with another hash."""
-    for position, delta in enumerate(deltas):
-        for other in deltas[:position]:
-            first, second = other.manifest, delta.manifest
-            if first.architecture and second.architecture and first.architecture != second.architecture:
-                raise MM4KEError(
-                    f"{delta.path}: is for {second.architecture}, {other.path} for {first.architecture}; "
-                    "give deltas of one base"
-                )
-            for name in sorted(first.tensors.keys() & second.tensors.keys()):
-                if first.tensors[name].base_sha256 != second.tensors[name].base_sha256:
-                    raise MM4KEError(
-                        f"{delta.path}: {name}: was taken from another base than that of {other.path}; "
-                        "give deltas of one base"
-                    )
-
-
-def merged_tensor(
-    name: str,
-    base: torch.Tensor,
-    edited: Sequence[torch.Tensor],
-    choices: Sequence[tuple[float, float]],
-    titles: Sequence[str],
-    finished: Sequence[bool],
-) -> torch.Tensor:
-    """What a tensor of the base becomes: `delta.merge`, in the base's dtype.
-
-    edited:   `KnowledgeDelta.edited` of each delta that has the tensor
-    choices:  weight and density of each
-    titles:   what an error calls each
-    finished: whether each delta is; a single one of weight and density 1 is taken as it is, without a rounding
-    """
-    if len(edited) == 1 and finished[0] and choices[0] == (1, 1):
-        return edited[0]
-    weights, densities = zip(*choices)
-    return merge(base, edited, weights, densities, names=[f"base: {name}", *(f"{title}: {name}" for title in titles)])
-
-
-# ---- numbers ----
-
-
-def _bits(tensor: torch.Tensor, dtype: torch.dtype, copy: bool = False) -> torch.Tensor:
-    """The bits of a tensor's numbers as flat integers, after a cast to `dtype`; a view where `copy` allows it."""
-    return tensor.detach().to(dtype, copy=copy).contiguous().reshape(-1).view(BITS[dtype])
-
-
-def _ordered(bits: Any) -> Any:
-    """Integers that are ordered as the floats with these bits are, and back again. int16 or int32, torch or numpy."""
-    width = 8 * bits.dtype.itemsize
-    return bits ^ (bits >> (width - 1) & ((1 << (width - 1)) - 1))
-
-
-def identical(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers; where they have one dtype, the same bits."""
-    if first.dtype == second.dtype in BITS:
-        return torch.equal(_bits(first, first.dtype), _bits(second, second.dtype))
-    dtype = torch.promote_types(first.dtype, second.dtype)
-    return torch.equal(first.to(dtype), second.to(dtype))
-
-
-def require_finite(tensor: torch.Tensor, title: str) -> None:
-    if not is_finite(tensor):
-        raise MM4KEError(f"{title}: holds NaN or an infinite number; copy or make it again")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "a single number"

@@ -18,8 +18,11 @@ from pathlib import Path
 
 import torch
 
+from .delta_encoding import DTYPES, in_threads
+from .delta_manifest import choose
+from .delta_merging import check_base, merged_tensor
 from .errors import MM4KEError
-from .knowledge_delta import DTYPES, KnowledgeDelta, check_base, choose, in_threads, load_delta, merged_tensor
+from .knowledge_delta import KnowledgeDelta, load_delta
 
 # The deltas that are on a model, the first put on first.
 on_models: weakref.WeakKeyDictionary[torch.nn.Module, list["LiveDelta"]] = weakref.WeakKeyDictionary()
@@ -77,7 +80,7 @@ class LiveDelta:
         names_of: dict[int, str] = {}
         for name, parameter in self.parameters.items():
             first = names_of.setdefault(id(parameter), name)
-            if not torch.equal(self.edited[first], self.edited[name]):
+            if first != name and not torch.equal(self.edited[first], self.edited[name]):
                 raise MM4KEError(
                     f"{delta.path}: changes {first} and {name} differently, which {owner} ties; "
                     "give a model that doesn't tie them"
@@ -105,7 +108,7 @@ class LiveDelta:
             name: choose(
                 weight.get(name) if isinstance(weight, Mapping) else weight,
                 density.get(name) if isinstance(density, Mapping) else density,
-                self.delta,
+                self.delta.manifest,
             )
             for name in self.edited
         }
@@ -113,7 +116,7 @@ class LiveDelta:
         if self.before is not None and stack[-1] is not self:
             raise RuntimeError("another delta was put on this model later; take that one off first")
         outer = [live for live in stack if live is not self]
-        merged = {name: self._merged(name, choices[name], outer) for name in self.edited}
+        merged = dict(zip(self.edited, in_threads(lambda name: self._merged(name, choices[name], outer), self.edited)))
         if self.before is None:
             covered = {name for live in outer for name in live.edited}
             current = {name: self.parameters[name].detach().clone() for name in covered & self.base.keys()}

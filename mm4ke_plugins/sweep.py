@@ -44,6 +44,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .comparison import load_model, load_tokenizer, require_model_folder, require_same_vocabulary
 from .delta_commands import extract
+from .delta_encoding import DTYPES
+from .delta_manifest import choose
 from .errors import MM4KEError
 from .knowedit.metrics import (
     METRICS,
@@ -56,7 +58,7 @@ from .knowedit.metrics import (
     questions_of,
 )
 from .knowedit.records import Record, read_records
-from .knowledge_delta import DTYPES, KnowledgeDelta, choose, load_delta
+from .knowledge_delta import KnowledgeDelta, load_delta
 from .layers import decoder_layers
 from .live_delta import LiveDelta
 
@@ -202,9 +204,9 @@ def _checked_grid(
         if not numbers:
             raise MM4KEError(f"{option}: none given; give numbers with commas, such as 0.6,0.8,1")
     for weight in weights:
-        choose(weight, None, None)
+        choose(weight, None)
     for density in densities:
-        choose(None, density, None)
+        choose(None, density)
     return sorted(set(weights), reverse=True), sorted(set(densities), reverse=True)
 
 

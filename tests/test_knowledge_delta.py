@@ -14,19 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from mm4ke_plugins import knowledge_delta
 from mm4ke_plugins.delta import merge
+from mm4ke_plugins.delta_encoding import from_gaps, ordered, tensor_sha256, to_gaps, unpack_bits
+from mm4ke_plugins.delta_merging import check_alike
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.knowledge_delta import (
     MANIFEST_KEY,
     SHA256_KEY,
     KnowledgeDelta,
-    _from_gaps,
-    _gaps,
-    _ordered,
-    check_alike,
     load_delta,
     save_delta,
-    tensor_sha256,
-    unpack_indices,
 )
 from mm4ke_plugins.live_delta import LiveDelta, apply_delta, on_models
 
@@ -115,7 +111,7 @@ def test_steps_count_representable_numbers_and_carry_the_sign(tmp_path):
     delta = write(tmp_path / "d", base, edited)
     assert delta.arrays["w:steps"].tolist() == [1, -1, -1]
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    assert torch.equal(_ordered(_ordered(bits)), bits)
+    assert torch.equal(ordered(ordered(bits)), bits)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (8,), (9,), (3, 5, 7), (1, 1), (128, 8192 + 3)])
@@ -146,7 +142,7 @@ def test_the_smallest_encoding_is_chosen(tmp_path, share, positions):
     assert info.positions == positions
     kept = int((base != edited).sum())
     costs = {"all": 4 * 20_000, "bitmap": 20_000 // 8 + 4 * kept}
-    costs["gaps"] = len(_gaps(np.flatnonzero((base != edited).numpy()))) + 4 * kept
+    costs["gaps"] = len(to_gaps(np.flatnonzero((base != edited).numpy()))) + 4 * kept
     assert sum(array.nbytes for array in delta.arrays.values()) == min(costs.values()) == costs[positions]
     assert np.array_equal(
         delta.positions("w"), (base != edited).reshape(-1).nonzero()[:, 0] if kept < 20_000 else np.arange(20_000)
@@ -155,16 +151,14 @@ def test_the_smallest_encoding_is_chosen(tmp_path, share, positions):
 
 @pytest.mark.parametrize("positions", [[0], [254], [255], [256], [510], [0, 1, 2], [5, 260, 516, 5000], [100_000]])
 def test_gaps_of_every_length(positions):
-    assert _from_gaps(_gaps(np.array(positions))).tolist() == positions
+    assert from_gaps(to_gaps(np.array(positions))).tolist() == positions
 
 
 def test_bits_are_unpacked_alike_for_a_gpu():
     """By what runs there, on the CPU: torch instead of numpy."""
     bitmap = torch.randint(0, 256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     shifts = torch.arange(8, dtype=torch.uint8)
-    assert np.array_equal(
-        unpack_indices(bitmap, torch.device("cpu")), (bitmap[:, None] >> shifts & 1).reshape(-1).nonzero()[:, 0]
-    )
+    assert torch.equal(unpack_bits(bitmap), (bitmap[:, None] >> shifts & 1).reshape(-1).bool())
 
 
 @pytest.mark.gpu
@@ -226,8 +220,8 @@ def test_equal_numbers_make_no_delta(tmp_path):
         ({"w": torch.ones(2)}, {"v": torch.ones(2)}, {}, "^B: v: not in A; give a model that was made from this base"),
         ({"w": torch.ones(2)}, {"w": torch.ones(3)}, {}, "^B: w is 3, in A 2"),
         ({"w": torch.ones(2).long()}, {"w": torch.zeros(2).long()}, {}, "^A: w is int64; a delta is of float32"),
-        ({"w": torch.ones(2)}, {"w": torch.tensor([1, float("nan")])}, {}, "^B: w: holds NaN or an infinite number"),
-        ({"w": torch.tensor([1, float("inf")])}, {"w": torch.ones(2)}, {}, "^A: w: holds NaN or an infinite number"),
+        ({"w": torch.ones(2)}, {"w": torch.tensor([1, float("nan")])}, {}, "^B: w: holds NaN"),
+        ({"w": torch.tensor([1, float("inf")])}, {"w": torch.ones(2)}, {}, "^A: w: holds an infinite number"),
         ({"w": torch.ones(2)}, {"w": torch.zeros(2)}, {"weight": 11}, "^weight: 11: give a number from -10 to 10"),
         ({"w": torch.ones(2)}, {"w": torch.zeros(2)}, {"weight": float("nan")}, "^weight: nan: give"),
         ({"w": torch.ones(2)}, {"w": torch.zeros(2)}, {"density": 0}, "^density: 0: give a share above 0, up to 1"),
@@ -323,9 +317,9 @@ def test_steps_to_infinity_and_a_bitmap_with_other_counts(tmp_path):
     delta = write(tmp_path / "d", base, edited, weight=1, density=1)
     steps = delta.arrays["w:steps"].clone()
     first = int(delta.positions("w")[0])
-    steps[0] = torch.tensor(float("inf")).view(torch.int32) - _ordered(base.reshape(-1)[first].view(torch.int32))
+    steps[0] = torch.tensor(float("inf")).view(torch.int32) - ordered(base.reshape(-1)[first].view(torch.int32))
     evil = KnowledgeDelta(delta.path, delta.manifest, dict(delta.arrays) | {"w:steps": steps})
-    with pytest.raises(MM4KEError, match="/d: w: holds NaN or an infinite number"):
+    with pytest.raises(MM4KEError, match="/d: w: holds an infinite number"):
         evil.edited("w", base)
 
     bitmap = delta.arrays["w:bitmap"].clone()

@@ -26,10 +26,11 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from ..comparison import load_tokenizer, require_model_folder, require_same_vocabulary
+from ..delta_manifest import choose
 from ..errors import MM4KEError, first_line, report_in_one_line
 from ..knowedit.metrics import Encoded, predict_and_score
 from ..knowedit.tasks.utils import Response, Text, is_probe
-from ..knowledge_delta import choose, load_delta
+from ..knowledge_delta import load_delta
 from ..live_delta import LiveDelta
 from . import LM_EVAL
 
@@ -69,7 +70,7 @@ class MM4KELM(HFLM):
         self._delta, self._choice = None, (weight, density)
         if knowledge_delta:
             self._delta = load_delta(Path(str(knowledge_delta)))
-            choose(weight, density, self._delta)
+            choose(weight, density, self._delta.manifest)
             identity.append([_file_fingerprint(self._delta.path), weight, density])
             if base and base.samefile(folder):
                 base = None  # it is the reference anyway

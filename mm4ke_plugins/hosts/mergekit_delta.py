@@ -22,8 +22,9 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from ..checkpoint import INDEX, NewTensor, open_safetensors, write_tensors
+from ..delta_merging import check_base
 from ..errors import MM4KEError
-from ..knowledge_delta import KnowledgeDelta, check_base, load_delta
+from ..knowledge_delta import KnowledgeDelta, load_delta
 
 EDITED = "edited.safetensors"
 

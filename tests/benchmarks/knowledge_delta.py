@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from mm4ke_plugins.delta_commands import apply, extract, revert
-from mm4ke_plugins.knowledge_delta import _gaps, load_delta, save_delta, tensor_sha256
+from mm4ke_plugins.delta_encoding import tensor_sha256, to_gaps
+from mm4ke_plugins.knowledge_delta import load_delta, save_delta
 from mm4ke_plugins.live_delta import LiveDelta, apply_delta
 
 HIDDEN, INTERMEDIATE, CHECKPOINT = 3584, 18944, 15.2e9
@@ -60,7 +61,7 @@ def sizes() -> None:
             info, steps = delta.manifest.tensors["w"], delta.arrays["w:steps"]
             kept = delta.positions("w")[steps.ne(0).numpy()]
             entry = steps.element_size() + (0 if choice else 2)
-            costs = [info.numel * entry, info.numel / 8 + len(kept) * entry, len(_gaps(kept)) + len(kept) * entry]
+            costs = [info.numel * entry, info.numel / 8 + len(kept) * entry, len(to_gaps(kept)) + len(kept) * entry]
             size = 3 * path.stat().st_size
             columns = "".join(f"{3 * cost / 1e6:>8.0f}" for cost in (*costs, size / 3))
             print(f"{title:<32}{info.positions:<10}{columns}{size / CHECKPOINT:>8.2%}")

@@ -1,0 +1,76 @@
+"""What knowledge deltas make of a base's tensors, after a check that it is their base."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .delta import merge
+from .delta_encoding import dtype_name, shape_text, tensor_sha256
+from .errors import MM4KEError
+from .knowledge_delta import KnowledgeDelta
+
+
+def check_base(deltas: Sequence[KnowledgeDelta], name: str, base: torch.Tensor, owner: str) -> None:
+    """Refuse a tensor that is not the one that the deltas were taken from, by shape, dtype and hash.
+
+    owner: what an error calls the model that has the tensor
+    """
+    digest = None
+    for delta in deltas:
+        if name not in delta.manifest.tensors:
+            continue
+        info = delta.manifest.tensors[name]
+        if list(base.shape) != info.shape:
+            raise MM4KEError(
+                f"{owner}: {name} is {shape_text(base.shape)}, in {delta.path} {shape_text(info.shape)}; "
+                "give the base that the delta was taken from"
+            )
+        if dtype_name(base.dtype) != info.base_dtype:
+            raise MM4KEError(
+                f"{owner}: {name} is {dtype_name(base.dtype)}, {delta.path} was taken from {info.base_dtype}; "
+                f"load the model with dtype={info.base_dtype}"
+            )
+        digest = digest or tensor_sha256(base)
+        if digest != info.base_sha256:
+            raise MM4KEError(
+                f"{owner}: {name} holds other numbers than the base that {delta.path} was taken from; give that base"
+            )
+
+
+def check_alike(deltas: Sequence[KnowledgeDelta]) -> None:
+    """Refuse deltas that can't be of one base: other architectures, or a tensor with another hash."""
+    for position, delta in enumerate(deltas):
+        for other in deltas[:position]:
+            first, second = other.manifest, delta.manifest
+            if first.architecture and second.architecture and first.architecture != second.architecture:
+                raise MM4KEError(
+                    f"{delta.path}: is for {second.architecture}, {other.path} for {first.architecture}; "
+                    "give deltas of one base"
+                )
+            for name in sorted(first.tensors.keys() & second.tensors.keys()):
+                if first.tensors[name].base_sha256 != second.tensors[name].base_sha256:
+                    raise MM4KEError(
+                        f"{delta.path}: {name}: was taken from another base than that of {other.path}; "
+                        "give deltas of one base"
+                    )
+
+
+def merged_tensor(
+    name: str,
+    base: torch.Tensor,
+    edited: Sequence[torch.Tensor],
+    choices: Sequence[tuple[float, float]],
+    titles: Sequence[str],
+    finished: Sequence[bool],
+) -> torch.Tensor:
+    """What a tensor of the base becomes: `delta.merge`, in the base's dtype.
+
+    edited:   `KnowledgeDelta.edited` of each delta that has the tensor
+    choices:  weight and density of each
+    titles:   what an error calls each
+    finished: whether each delta is; a single one of weight and density 1 is taken as it is, without a rounding
+    """
+    if len(edited) == 1 and finished[0] and choices[0] == (1, 1):
+        return edited[0]
+    weights, densities = zip(*choices)
+    return merge(base, edited, weights, densities, names=[f"base: {name}", *(f"{title}: {name}" for title in titles)])
