@@ -7,7 +7,8 @@
     layers.py       which parameters are "the FFN of layer n"
     editing.py      both on a model in memory
     checkpoint.py   a model on disk as files of tensors
-    knowledge_delta.py   an edit as a small file; live_delta.py: on a model in memory; delta_commands.py: on disk
+    knowledge_delta.py   an edit as a small file: delta_encoding.py its numbers, delta_manifest.py what it says of itself,
+                    delta_merging.py what it makes of a base; live_delta.py on a model in memory, delta_commands.py on disk
     sweep.py        the choice of weight and density
     activation.py   how unmodified hosts find us
     hosts/          one thin adapter for each host
