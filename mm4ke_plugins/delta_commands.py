@@ -7,7 +7,7 @@ file by the kernel. It is written aside and renamed when it is complete.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -306,18 +307,18 @@ def show(path: Path, console: Console) -> None:
     facts.add_row("made", f"{manifest.created} by mm4ke-plugins {manifest.mm4ke_version}")
     for key, value in (manifest.recipe or {}).items():
         facts.add_row("recipe", Text(f"{key}: {value}"))
-    table = _table("tensor", "shape", "numbers", "kept", "stored as", "MB", "norm", "of base's")
+    titles = "shape", "numbers", "kept", "share", "as", "MB", "norm", "of base"
+    table, short_names = _table(manifest.tensors, *titles)
     totals = np.zeros(len(MAGNITUDES) + 1, np.int64)
     for name, info in manifest.tensors.items():
         dtypes = dict.fromkeys((info.edited_dtype, info.base_dtype))
         size = sum(array.nbytes for part, array in delta.arrays.items() if part.rpartition(":")[0] == name)
         kept = sum(info.magnitudes)
-        share = f"{kept:,} ({kept / info.numel:.1%})"
         relative = f"{info.norm / info.base_norm:.2%}" if info.base_norm else "-"
-        row = [shape_text(info.shape), " on ".join(dtypes), share, info.positions, f"{size / 1e6:.2f}"]
-        table.add_row(Text(name), *row, f"{info.norm:.4g}", relative)
+        row = [shape_text(info.shape), " on ".join(dtypes), f"{kept:,}", f"{kept / info.numel:.1%}", info.positions]
+        table.add_row(short_names[name], *row, f"{size / 1e6:.2f}", f"{info.norm:.4g}", relative)
         totals += info.magnitudes
-    console.print(facts, "", table, "", "|edited - base| of the kept entries")
+    console.print(facts, "", table, "\n|edited - base| of the kept entries")
     for label, count in zip(_class_labels(), totals.tolist()):
         share = count / max(1, totals.sum())
         console.print(Text(f"{label:>18} {share:>7.2%} {'█' * round(40 * share)}"))
@@ -328,12 +329,24 @@ def _class_labels() -> list[str]:
     return [f"below {ends[0]}", *(f"{low} to {high}" for low, high in pairwise(ends)), f"{ends[-1]} and above"]
 
 
-def _table(*titles: str) -> Table:
-    table = Table(*titles)
+def _table(names: Iterable[str], *titles: str) -> tuple[Table, dict[str, Text]]:
+    """A table with a row for each of these tensors, and what it calls them: without what they begin and end with."""
+    names = list(names)
+    before = os.path.commonprefix([name.rpartition(".")[0] for name in names]).rpartition(".")[0]
+    endings = {name.rpartition(".")[2] for name in names}
+    after = f".{endings.pop()}" if len(endings) == 1 else ""
+    table = Table(
+        "tensor",
+        title=Text(f"{before}.*{after}" if before else ""),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.show_edge = table.pad_edge = False
     table.columns[0].overflow = "fold"  # a name that is cut off is of no use
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table, {name: Text(name.removeprefix(f"{before}.").removesuffix(after)) for name in names}
 
 
 def compare_deltas(first: Path, second: Path, base: Path | None = None) -> dict[str, dict[str, float | int | None]]:
@@ -390,16 +403,16 @@ def _compare_tensor(
 def diff(first: Path, second: Path, base: Path | None, console: Console) -> None:
     """Print `compare_deltas`."""
     rows = compare_deltas(first, second, base)
-    table = _table("tensor", "A", "B", "both", "overlap", "sign conflicts", "cosine")
+    table, short_names = _table(rows, "A", "B", "both", "overlap", "conflicts", "cosine")
     for name, row in rows.items():
         both, either = row["kept_both"], row["kept_first"] + row["kept_second"] - row["kept_both"]
         conflicts = f"{row['sign_conflicts']:,} ({row['sign_conflicts'] / both:.1%})" if both else "-"
         cosine = "-" if row["cosine"] is None else f"{row['cosine']:+.3f}"
         table.add_row(
-            Text(name), f"{row['kept_first']:,}", f"{row['kept_second']:,}", f"{both:,}", f"{both / either:.1%}",
+            short_names[name], f"{row['kept_first']:,}", f"{row['kept_second']:,}", f"{both:,}", f"{both / either:.1%}",
             conflicts, cosine,
         )  # fmt: skip
-    console.print(Text(f"A: {first}\nB: {second}\n"), table)
-    console.print(Text("overlap: kept in both of those kept in either. sign conflict: moved in opposite directions."))
+    console.print(Text(f"A: {first}\nB: {second}\n"), table, "")
+    console.print(Text("overlap: kept in both of those kept in either. conflict: moved in opposite directions."))
     if any(row["cosine"] is None and row["kept_both"] for row in rows.values()):
         console.print(Text("cosine: a finished delta has no magnitudes of its own; give --base for it."))
