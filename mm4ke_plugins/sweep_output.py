@@ -260,7 +260,7 @@ def figures(result: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
 def _over(result: dict[str, Any], key: str, other: str) -> Figure:
     """Each measure over weight or density, a line for each value of the other."""
     rows = [row for row in result["points"] if not row["point"]["layers"]]
-    values = sorted({row["point"][other] for row in rows})
+    values = sorted({row["point"][other] for row in rows if _measure(row, "edit_success") is not None})
     colors = matplotlib.colormaps["viridis"].resampled(len(values) + 1)  # without the last, a light yellow
     figure = Figure(figsize=(9.5, 5.6), layout="constrained")
     figure.suptitle(_half_title(result), fontsize=9)
