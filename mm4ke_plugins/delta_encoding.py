@@ -6,8 +6,9 @@ minus those of the base's, wrapping. Which entries moved is one bit each (a bitm
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -74,9 +75,20 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 def in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """The function of each item. Hashing and numpy let other threads run meanwhile."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    """The function of each item. Hashing, numpy and torch let other threads run meanwhile."""
+    with one_thread_in_torch(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))
+
+
+@contextmanager
+def one_thread_in_torch() -> Iterator[None]:
+    """Where threads of ours work, torch's own in each of them would wait for each other in every small operation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -287,15 +287,14 @@ class KnowledgeDelta:
         size, done = PIECE if device.type == "cpu" else GPU_PIECE, 0
         for start in range(0, info.numel, size):
             stop = min(start + size, info.numel)
-            if info.positions == "all":
+            if info.positions == "all":  # the values are the piece
                 yield bits[start:stop], values[start:stop].to(device).expand_as
                 continue
             if info.positions == "gaps":
                 kept = mask[start:stop]
             else:
-                kept = unpack_bits(self.arrays[f"{name}:bitmap"][start // 8 : (stop + 7) // 8].to(device))[
-                    : stop - start
-                ]
+                packed = self.arrays[f"{name}:bitmap"][start // 8 : (stop + 7) // 8]
+                kept = unpack_bits(packed.to(device))[: stop - start]
             before, done = done, done + int(kept.count_nonzero())
             yield bits[start:stop], partial(torch.masked_scatter, mask=kept, source=values[before:done].to(device))
 

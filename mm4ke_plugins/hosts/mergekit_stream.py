@@ -7,7 +7,6 @@ resolved when it planned; the files of the result are divided, named and listed 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from tqdm import tqdm
 
 from ..checkpoint import NewTensor, StoredTensor, equal_and_finite, stored_tensors, write_tensors
+from ..delta_encoding import one_thread_in_torch
 
 # Reading and comparing two models takes one of them a little longer than the kernel takes to write the third.
 THREADS = 2
@@ -79,21 +79,10 @@ class StreamingExecutor:
         # mergekit's writer sees tensors without content: it divides them among files, names these, writes the index.
         writer = self.targets[0].writer_task.execute()
         writer._save_st = save_shard
-        with bar, _one_thread_in_torch():
+        with bar, one_thread_in_torch():
             for name, tensor in planned.items():
                 writer.save_tensor(name, torch.empty(tensor.base.shape, dtype=tensor.dtype, device="meta"))
             writer.finalize()
-
-
-@contextmanager
-def _one_thread_in_torch() -> Iterator[None]:
-    """Threads of torch's own would wait for each other in every chunk, in the way of those that read and write."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def plan(method_name: str, targets: Sequence[Task]) -> dict[str, PlannedTensor] | None:

@@ -81,7 +81,7 @@ def shortened(model):
 
 @click.command()
 @click.option("--base", type=click.Path(path_type=Path), default=ROOT / "work/base", show_default=True)
-@click.option("--facts", default="100,1000,5000", show_default=True)
+@click.option("--facts", default="100,1000", show_default=True)
 @click.option("--only", type=int, hidden=True, help="Train this number in this process.")
 def main(base: Path, facts: str, only: int | None) -> None:
     if only:
