@@ -69,7 +69,7 @@ def count_bits(bitmap: np.ndarray) -> int:
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """The hash of a tensor's dtype, shape and bytes in row-major order, on whatever device it is."""
-    digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    digest = hashlib.sha256(f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -263,7 +263,7 @@ class KnowledgeDelta:
             return np.arange(info.count)
         if info.positions == "gaps":
             return from_gaps(self.arrays[f"{name}:gaps"].numpy())
-        return np.flatnonzero(np.unpackbits(self.arrays[f"{name}:bitmap"].numpy(), bitorder="little"))
+        return np.flatnonzero(unpack_bits(self.arrays[f"{name}:bitmap"])[: info.numel].numpy())
 
     def changes(self, name: str, base: torch.Tensor | None = None) -> np.ndarray | None:
         """edited - base at the kept entries, float32; None in a finished delta if the base's tensor is not given."""
