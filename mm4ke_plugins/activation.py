@@ -6,6 +6,7 @@ host's adapter right after such a module was executed. Nothing changes until a r
 
     MM4KE_PLUGINS=                          (or none) switch all adapters off
     MM4KE_PLUGINS=llamafactory,mergekit     only these
+    MM4KE_UNSUPPORTED=llamafactory          let recipes ask for us in a version that we were not written for
     TORCH_DEVICE_BACKEND_AUTOLOAD=0         PyTorch's own switch; it turns us off too
 
 An exception here would break `import torch` for everybody, so whatever fails is a warning.
@@ -17,7 +18,7 @@ import os
 import sys
 import warnings
 
-from .hosts import EASYEDIT, HOSTS, LLAMAFACTORY, Host
+from .hosts import EASYEDIT, HOSTS, LLAMAFACTORY, Host, names_in
 
 # The seams that an adapter has taken, and why one could not be, by the host's name; `mm4ke doctor` shows both.
 hooked: set[str] = set()
@@ -26,13 +27,9 @@ failures: dict[str, str] = {}
 
 def enabled_hosts() -> list[Host]:
     """The hosts that the MM4KE_PLUGINS variable allows: all of them where it is not set."""
-    allowed = os.environ.get("MM4KE_PLUGINS")
-    if allowed is None:
+    if "MM4KE_PLUGINS" not in os.environ:
         return list(HOSTS)
-    names = {name.strip().lower() for name in allowed.split(",")} - {"", "none"}
-    if unknown := names - {host.name for host in HOSTS}:
-        known = ", ".join(host.name for host in HOSTS)
-        warnings.warn(f"MM4KE_PLUGINS: no host is called {', '.join(sorted(unknown))}; there are: {known}, none")
+    names = names_in("MM4KE_PLUGINS")
     return [host for host in HOSTS if host.name in names]
 
 
@@ -63,10 +60,12 @@ class SeamFinder:
             execute = spec.loader.exec_module
 
             def exec_module(module):
+                del spec.loader.exec_module
                 execute(module)
                 call_adapter(host, module)
 
-            # On the instance: the loader keeps its class, so tools that read sources or resources still can.
+            # On the instance: the loader keeps its class, so tools that read sources or resources still can, and
+            # until it is used only: it then can be pickled again.
             spec.loader.exec_module = exec_module
         return spec
 

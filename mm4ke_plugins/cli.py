@@ -90,9 +90,6 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
 
     Writes comparison.json and comparison.md to the output folder.
     """
-    # Threads that wait for each other sleep instead of spinning: beside other work this takes half the time.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
     from rich.console import Console
 
     from .comparison import compare, show, write_report
@@ -157,8 +154,6 @@ def easyedit(methods: str, output: Path, **options) -> None:
     The settings of a method are in METHOD/NAME.yaml, in the --hparams folder or else in EasyEdit's own. Writes
     METHOD.json, METHOD.log and table.md to the output folder. Exits with 1 only when every method failed.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
     from rich.console import Console
 
     from .easyedit_benchmark import benchmark, show_table
@@ -308,8 +303,6 @@ def sweep(weights: str | None, densities: str | None, output: Path, **options) -
     Half of the records decide, the other half confirms. Nothing is trained, merged or loaded again. Writes the table
     (sweep.json, sweep.csv), figures, and merge.yaml with the choice.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
     from rich.console import Console
 
     from .sweep import DENSITIES, WEIGHTS, sweep
@@ -337,5 +330,8 @@ def _numbers(option: str, text: str) -> list[float]:
 
 def main() -> None:
     """Entry point of the console script: a user's mistake is one line and exit status 1."""
+    # OpenMP's threads sleep while they wait for each other instead of spinning, which beside any other busy process
+    # takes many times longer. They read this once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     report_in_one_line()
     cli(prog_name="mm4ke")

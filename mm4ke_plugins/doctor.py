@@ -29,8 +29,14 @@ def examine(host: Host) -> Finding:
         return Finding(host, None, "not installed", healthy=True)
     if host not in activation.enabled_hosts():
         return Finding(host, version, f"switched off by MM4KE_PLUGINS={os.environ['MM4KE_PLUGINS']}", healthy=True)
+    active = "active"
     if not host.is_supported():
-        return Finding(host, version, "version not supported: recipes that ask for us are refused", healthy=False)
+        if not host.is_tried():
+            refused = (
+                f"version not supported: recipes that ask for us are refused (MM4KE_UNSUPPORTED={host.name} lets them)"
+            )
+            return Finding(host, version, refused, healthy=False)
+        active = "active, version not supported, tried because of MM4KE_UNSUPPORTED"
     try:
         importlib.import_module("torch")
         for seam in host.seams:
@@ -44,4 +50,4 @@ def examine(host: Host) -> Finding:
         if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1":
             reason = f"nobody waited for {', '.join(missing)}; is the package installed in this environment?"
         return Finding(host, version, f"not hooked: {reason}", healthy=False)
-    return Finding(host, version, "active", healthy=True)
+    return Finding(host, version, active, healthy=True)

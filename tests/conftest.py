@@ -14,7 +14,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def run_command(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    """Run one of the environment's console scripts (or "python") as a user would, and capture what it prints."""
+    """Run one of the environment's console scripts (or "python") as a user would, and capture what it prints.
+
+    A PYTHONPATH goes before the one that there is.
+    """
+    if "PYTHONPATH" in env:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [env["PYTHONPATH"], os.environ.get("PYTHONPATH")]))
     script = Path(sys.executable).parent / command[0]
     return subprocess.run(
         [script, *map(str, command[1:])],

@@ -1,5 +1,6 @@
 """The plugin reaches unmodified hosts from an editable install and from a wheel, and never breaks `import torch`."""
 
+import re
 import subprocess
 import sysconfig
 import venv
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_command
+
+from mm4ke_plugins.errors import MM4KEError
+from mm4ke_plugins.hosts import LLAMAFACTORY, Host
 
 SHOW_METHODS = "from mergekit import merge_methods; print([m.spec.name for m in merge_methods.registered_methods()])"
 
@@ -92,15 +96,45 @@ def test_an_unsupported_version_is_refused_when_asked_for(tmp_path):
     (tmp_path / "merge.yaml").write_text(
         "merge_method: mm4ke\nbase_model: ./no/base\nmodels: [{model: ./no/edited}]\n"
     )
-    run = run_command("mergekit-yaml", tmp_path / "merge.yaml", tmp_path / "out", PYTHONPATH=str(tmp_path))
+    command = ("mergekit-yaml", tmp_path / "merge.yaml", tmp_path / "out")
+    run = run_command(*command, PYTHONPATH=str(tmp_path))
     assert run.returncode == 1
+    needs = "merge_method: mm4ke needs mergekit>=0.1.5,<0.1.6, found 0.2.0"
     assert run.stderr.splitlines()[-1] == (
-        "mm4ke: error: merge_method: mm4ke needs mergekit>=0.1.5,<0.1.6, found 0.2.0: "
-        "pip install 'mergekit>=0.1.5,<0.1.6'"
+        f"mm4ke: error: {needs}: pip install 'mergekit>=0.1.5,<0.1.6', or set MM4KE_UNSUPPORTED=mergekit to try it, "
+        "and check the result"
     )
     run = run_command("mm4ke", "doctor", PYTHONPATH=str(tmp_path), MM4KE_PLUGINS="mergekit")
     assert run.returncode == 1
-    assert "version not supported" in run.stdout
+    assert "not supported: recipes that ask for us are refused (MM4KE_UNSUPPORTED=mergekit lets them)" in run.stdout
+
+    run = run_command(*command, PYTHONPATH=str(tmp_path), MM4KE_UNSUPPORTED="mergekit")
+    assert f"UserWarning: {needs}; MM4KE_UNSUPPORTED lets it run untested" in run.stderr
+    assert "base_model: ./no/base: no such folder" in run.stderr.splitlines()[-1]  # it got that far
+    run = run_command(
+        "mm4ke", "doctor", PYTHONPATH=str(tmp_path), MM4KE_PLUGINS="mergekit", MM4KE_UNSUPPORTED="mergekit"
+    )
+    assert run.returncode == 0
+    assert "active, version not supported, tried because of MM4KE_UNSUPPORTED" in run.stdout
+
+
+@pytest.mark.parametrize(
+    "version, supported",
+    [("0.9.5", True), ("0.9.5.post1", True), ("0.9.5+local", True), ("0.9.5rc1", False), ("0.9.6.dev0", False),
+     ("0.9.6", False), ("main", False), ("a clone", False)],
+)  # fmt: skip
+def test_which_versions_are_supported(monkeypatch, version, supported):
+    monkeypatch.setattr(Host, "installed_version", lambda _: version)
+    assert LLAMAFACTORY.is_supported() is supported
+    monkeypatch.setenv("MM4KE_UNSUPPORTED", "mergekit")
+    if supported:
+        LLAMAFACTORY.require_supported("rsft: true")
+        return
+    with pytest.raises(MM4KEError, match=rf"^rsft: true needs .*, found {re.escape(version)}: pip install .* or set "):
+        LLAMAFACTORY.require_supported("rsft: true")
+    monkeypatch.setenv("MM4KE_UNSUPPORTED", "mergekit, LLaMAFactory")
+    with pytest.warns(UserWarning, match="found .*; MM4KE_UNSUPPORTED lets it run"):
+        LLAMAFACTORY.require_supported("rsft: true")
 
 
 def test_a_wheel_works_as_the_editable_install_does(tmp_path):

@@ -1,4 +1,4 @@
-"""`mm4ke prepare-data`, the tasks `squadv2` and `logiqa`, and lm-eval on prepared data."""
+"""`mm4ke prepare-data`, the tasks `mm4ke_squadv2` and `mm4ke_logiqa`, and lm-eval on prepared data."""
 
 import json
 import re
@@ -148,7 +148,7 @@ def test_lm_eval_runs_all_tasks_from_the_recipe(tmp_path):
     done = run_command("mm4ke", "prepare-data", "raw", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     make_tiny_model(tmp_path / "out")
-    tasks = "ceval-valid,coqa,drop,squadv2,logiqa,mmlu_pro,super-glue-lm-eval-v1"
+    tasks = "ceval-valid,coqa,drop,mm4ke_squadv2,mm4ke_logiqa,mmlu_pro,super-glue-lm-eval-v1"
     assert tasks in done.stdout
     done = run_command(
         "lm_eval", "run", "--config", ROOT / "recipes/general-offline.yaml", "--tasks", tasks, "--limit", "2",
@@ -160,18 +160,19 @@ def test_lm_eval_runs_all_tasks_from_the_recipe(tmp_path):
     found = json.loads(file.read_text())
     counts = {task: size["effective"] for task, size in found["n-samples"].items()}
     single = {"coqa": 1, "drop": 1, "mmlu_pro_computer_science": 1, "boolq": 1, "cb": 1, "copa": 1, "sglue_rte": 1}
-    assert counts == single | {"wic": 1, "wsc": 1, "multirc": 2, "squadv2": 2, "logiqa": 2, "ceval-valid_law": 2}
+    ours = {"mm4ke_squadv2": 2, "mm4ke_logiqa": 2}
+    assert counts == single | {"wic": 1, "wsc": 1, "multirc": 2, "ceval-valid_law": 2, **ours}
     assert found["groups"].keys() == {"ceval-valid", "mmlu_pro"}
     assert found["n-shot"]["mmlu_pro_computer_science"] == 0
-    scores = found["results"]["squadv2"]
+    scores = found["results"]["mm4ke_squadv2"]
     assert {"HasAns_exact,none", "HasAns_f1,none", "NoAns_exact,none", "NoAns_f1,none"} <= scores.keys()
     assert scores["exact,none"] == pytest.approx((scores["HasAns_exact,none"] + scores["NoAns_exact,none"]) / 2)
-    (samples,) = tmp_path.glob("work/eval/merged/out/samples_squadv2_*.jsonl")
+    (samples,) = tmp_path.glob("work/eval/merged/out/samples_mm4ke_squadv2_*.jsonl")
     logged = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [("HasAns_f1" in sample, "NoAns_f1" in sample) for sample in logged] == [(True, False), (False, True)]
 
 
-# ---- squadv2 and logiqa
+# ---- mm4ke_squadv2 and mm4ke_logiqa
 
 
 def test_squad_scores_are_the_official_ones():
@@ -215,14 +216,14 @@ def test_package_tasks_load_without_the_hubs_script(tmp_path):
     for name in ("Train.txt", "Eval.txt", "Test.txt"):
         (tmp_path / name).write_text(BLOCK)
     tasks = TaskManager(include_path=OWN_TASKS, metadata={"logiqa_folder": str(tmp_path)})
-    task = tasks.load(["logiqa"])["tasks"]["logiqa"]
+    task = tasks.load(["mm4ke_logiqa"])["tasks"]["mm4ke_logiqa"]
     (doc,) = task.eval_docs
     assert task.doc_to_text(doc) == (
         "Passage: All cats purr. Tom is a cat.\nQuestion: What follows?\nChoices:\n"
         "A. Nothing\nB. Tom purrs\nC. Tom barks\nD. All purr\nAnswer:"
     )
     assert task.doc_to_choice(doc)[task.doc_to_target(doc)] == "Tom purrs"
-    assert tasks.task_index["squadv2"].yaml_path.is_relative_to(OWN_TASKS)
+    assert tasks.task_index["mm4ke_squadv2"].yaml_path.is_relative_to(OWN_TASKS)
 
 
 def test_logiqa_without_its_files_says_what_to_do(tmp_path):

@@ -42,7 +42,7 @@ FORCED = [
     f"knowedit_facts_{name}"
     for name in ("edit_success", "portability_reasoning", "portability_subject_aliasing", "locality_forgetfulness")
 ]
-GENERAL = ["toy_choice", "toy_pool", "squadv2"]
+GENERAL = ["toy_choice", "toy_pool", "mm4ke_squadv2"]
 
 TASK_CODE = """
 import datasets
@@ -81,7 +81,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm, aggregation: mean, higher_is_
 metadata: {{version: 1.0}}
 """
 SQUAD = """
-task: squadv2
+task: mm4ke_squadv2
 custom_dataset: !function toy.few
 test_split: test
 output_type: generate_until
@@ -112,7 +112,7 @@ def runs(tmp_path_factory):
     tasks = home / "tasks"
     tasks.mkdir()
     (tasks / "toy.py").write_text(TASK_CODE)
-    (tasks / "squadv2.yaml").write_text(SQUAD)
+    (tasks / "mm4ke_squadv2.yaml").write_text(SQUAD)
     for name, data in (("toy_choice", "many"), ("toy_pool_a", "few"), ("toy_pool_b", "others")):
         (tasks / f"{name}.yaml").write_text(CHOICE.format(name=name, data=data))
     (tasks / "toy_pool.yaml").write_text("group: toy_pool\ntask: [toy_pool_a, toy_pool_b]\n")
@@ -329,11 +329,11 @@ def test_a_benchmark_of_several_subjects_is_one_row_weighted_by_question(runs, c
 
 
 def test_squads_kinds_of_questions_are_apart_and_not_in_percent(columns):
-    answerable = cell(Row(Task("", RAW, "squadv2 HasAns"), "exact"), columns[2], None)
-    unanswerable = cell(Row(Task("", RAW, "squadv2 NoAns"), "exact"), columns[2], None)
+    answerable = cell(Row(Task("", RAW, "mm4ke_squadv2 HasAns"), "exact"), columns[2], None)
+    unanswerable = cell(Row(Task("", RAW, "mm4ke_squadv2 NoAns"), "exact"), columns[2], None)
     assert (answerable.value, answerable.records) == (1.0, 2)
     assert (unanswerable.value, unanswerable.records) == (0.0, 1)
-    assert not any(row.task.name == "squadv2" for row in rows_of(columns))
+    assert not any(row.task.name == "mm4ke_squadv2" for row in rows_of(columns))
 
 
 def test_rows_have_their_main_measure_first(columns):
@@ -342,8 +342,8 @@ def test_rows_have_their_main_measure_first(columns):
         ("edit_success", "token_acc"),
         ("portability", "token_acc"),
         ("locality", "locality"),
-        ("squadv2 HasAns", "f1"),
-        ("squadv2 NoAns", "f1"),
+        ("mm4ke_squadv2 HasAns", "f1"),
+        ("mm4ke_squadv2 NoAns", "f1"),
         ("toy_choice", "acc"),
         ("toy_pool", "acc"),
     ]
@@ -462,9 +462,9 @@ def warned(runs, folder):
     [
         (lambda value: value["versions"].update(toy_choice=2.0), "task version 1.0 and 2.0: toy_choice"),
         (lambda value: value["n-shot"].update(toy_choice=5), "num_fewshot 0 and 5: toy_choice"),
-        (lambda value: value["config"].update(limit=50.0), "limit None and 50.0: squadv2, toy_choice, toy_pool_a"),
-        (lambda value: value["config"].update(model_dtype="torch.half"), "precision float32 and half: squadv2, toy_"),
-        (lambda value: value.update(lm_eval_version="0.5.0"), "lm_eval version 0.4.13 and 0.5.0: squadv2"),
+        (lambda value: value["config"].update(limit=50.0), "limit None and 50.0: mm4ke_squadv2, toy_choice, toy_pool_a"),
+        (lambda value: value["config"].update(model_dtype="torch.half"), "precision float32 and half: mm4ke_squadv2, toy_"),
+        (lambda value: value.update(lm_eval_version="0.5.0"), "lm_eval version 0.4.13 and 0.5.0: mm4ke_squadv2"),
     ],
 )  # fmt: skip
 def test_settings_that_differ(runs, copy, change, expected):

@@ -1,4 +1,4 @@
-"""LogiQA's text files, for lm-eval's task `logiqa`, whose data set on the hub is a script that no longer runs.
+"""LogiQA's text files, for the task `mm4ke_logiqa`. The data set of lm-eval's `logiqa` is a script that no longer runs.
 
 A file is a sequence of blocks of eight lines: an empty one, the answer's letter in lower case, the context, the
 question, and four options that begin with their letter and a full stop.

@@ -2,7 +2,8 @@
 
 Each benchmark gets a folder of its own: parquet files in the form of the hub's data set, with the README that the
 `datasets` library reads, and lm-eval's own tasks under their own names, pointed to these files. So
-`lm_eval run --include_path OUTPUT --tasks drop` has lm-eval's prompts and metrics, and needs no hub.
+`lm_eval run --include_path OUTPUT --tasks drop` has lm-eval's prompts and metrics, and needs no hub. SQuAD 2.0 and
+LogiQA are `mm4ke_squadv2` and `mm4ke_logiqa`, as in the package.
 """
 
 import importlib.util
@@ -158,9 +159,11 @@ def _task_files(benchmark: str, tables: list[Table], folder: Path, lm_eval_tasks
             files[f"{name}.yaml"] = _task_file(lm_eval_tasks / "super_glue" / name / "default.yaml", folder, changes)
         return files
     if benchmark == "squadv2":
-        return {"squadv2.yaml": _task_file(OWN_TASKS / "squadv2.yaml", folder, {})}
-    own = "logiqa.yaml" if benchmark == "logiqa" else "default.yaml"
-    return {f"{benchmark}.yaml": _task_file(lm_eval_tasks / benchmark / own, folder, missing)}
+        return {"mm4ke_squadv2.yaml": _task_file(OWN_TASKS / "mm4ke_squadv2.yaml", folder, {})}
+    if benchmark == "logiqa":
+        changes = {"task": BENCHMARKS[benchmark].task} | missing
+        return {"mm4ke_logiqa.yaml": _task_file(lm_eval_tasks / "logiqa/logiqa.yaml", folder, changes)}
+    return {f"{benchmark}.yaml": _task_file(lm_eval_tasks / benchmark / "default.yaml", folder, missing)}
 
 
 def _parts(folder: Path, group: str, sources: dict[str, Path]) -> list[str]:

@@ -39,8 +39,8 @@ BENCHMARKS = {
     "ceval": Benchmark("ceval-valid", {"val": "validation_split", "dev": "fewshot_split"}),
     "coqa": Benchmark("coqa", TRAINED),
     "drop": Benchmark("drop", TRAINED),
-    "squadv2": Benchmark("squadv2", TRAINED),
-    "logiqa": Benchmark("logiqa", {"test": "test_split"} | TRAINED),
+    "squadv2": Benchmark("mm4ke_squadv2", TRAINED),
+    "logiqa": Benchmark("mm4ke_logiqa", {"test": "test_split"} | TRAINED),
     "mmlu_pro": Benchmark("mmlu_pro", {"test": "test_split", "validation": "fewshot_split"}),
     "super_glue": Benchmark("super-glue-lm-eval-v1", TRAINED),
 }

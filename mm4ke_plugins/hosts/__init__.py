@@ -4,11 +4,22 @@ An adapter is one module with a function `register(module)`, called once for eac
 has executed it. Adapters import the maths; the maths never imports them, nor do they import each other.
 """
 
+import os
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from ..errors import MM4KEError
+
+
+def names_in(variable: str) -> set[str]:
+    """The hosts that an environment variable names, with commas; "none" is no host. Unknown names are a warning."""
+    names = {name.strip().lower() for name in os.environ.get(variable, "").split(",")} - {"", "none"}
+    if unknown := names - {host.name for host in HOSTS}:
+        known = ", ".join(host.name for host in HOSTS)
+        warnings.warn(f"{variable}: no host is called {', '.join(sorted(unknown))}; there are: {known}, none")
+    return names
 
 
 @dataclass(frozen=True)
@@ -32,31 +43,48 @@ class Host:
         return f"{__name__}.{self.name}"
 
     def installed_version(self) -> str | None:
-        if self.distribution is None:
-            return "a clone" if find_spec(self.seams[0].partition(".")[0]) else None
-        try:
-            return version(self.distribution)
-        except PackageNotFoundError:
-            return None
+        """The version, "a clone" of a host that is found but not installed, None where there is none."""
+        if self.distribution is not None:
+            try:
+                return version(self.distribution)
+            except PackageNotFoundError:
+                pass
+        return "a clone" if find_spec(self.seams[0].partition(".")[0]) else None
 
     def is_supported(self) -> bool:
-        """Whether the installed version is one we were written for. What has no version is tried."""
+        """Whether the installed version is one we were written for. What has no version is tried.
+
+        A pre-release of the first version that isn't supported is not: it has that version's source.
+        """
         if self.distribution is None:
             return True
-        from packaging.specifiers import SpecifierSet  # 20 ms that `import torch` need not wait for
+        # 20 ms that `import torch` need not wait for
+        from packaging.specifiers import SpecifierSet
+        from packaging.version import InvalidVersion, Version
 
-        return SpecifierSet(self.supported).contains(self.installed_version(), prereleases=True)
+        try:
+            return SpecifierSet(self.supported).contains(Version(str(self.installed_version())), prereleases=True)
+        except InvalidVersion:  # a clone, or a build that calls itself "main"
+            return False
+
+    def is_tried(self) -> bool:
+        """Whether the MM4KE_UNSUPPORTED variable lets this host run in a version we were not written for."""
+        return self.name in names_in("MM4KE_UNSUPPORTED")
 
     def require_supported(self, feature: str) -> None:
-        """Refuse a recipe that asks for `feature` on a version we were not written for.
+        """Refuse a recipe that asks for `feature` on a version we were not written for, or warn where it is tried.
 
         Raises MM4KEError, which names the version found and those supported.
         """
-        if not self.is_supported():
+        if self.is_supported():
+            return
+        found = f"{feature} needs {self.distribution}{self.supported}, found {self.installed_version() or 'none'}"
+        if not self.is_tried():
             raise MM4KEError(
-                f"{feature} needs {self.distribution}{self.supported}, found {self.installed_version()}: "
-                f"pip install '{self.distribution}{self.supported}'"
+                f"{found}: pip install '{self.distribution}{self.supported}', "
+                f"or set MM4KE_UNSUPPORTED={self.name} to try it, and check the result"
             )
+        warnings.warn(f"{found}; MM4KE_UNSUPPORTED lets it run untested, check the result", stacklevel=2)
 
 
 LLAMAFACTORY = Host(

@@ -11,6 +11,7 @@ What EasyEdit asks of a method: change the model in place, and return it with th
 """
 
 import copy as copy_module
+import functools
 import math
 import weakref
 from dataclasses import dataclass, field, fields
@@ -205,6 +206,7 @@ def register_method(alg_dict: Any) -> None:
 def allow_batches(batch_editor: Any) -> None:
     is_batchable_method = batch_editor.BatchEditor.is_batchable_method
 
+    @functools.wraps(is_batchable_method)
     def is_batchable(alg_name: str) -> bool:
         return alg_name == METHOD or is_batchable_method(alg_name)
 

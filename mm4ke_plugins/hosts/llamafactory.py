@@ -6,14 +6,17 @@ Three seams of LLaMA-Factory 0.9.5, each replaced in the module that looks it up
     llamafactory.model.adapter        what is trained        _setup_freeze_tuning selects the FFN of rsft_layers
     llamafactory.train.sft.workflow   how it is trained      CustomSeq2SeqTrainer visits instead of stepping
 
+Recipes without `rsft: true` get the objects that they would get without us: the classes that are parsed and trained
+with are LLaMA-Factory's own.
+
 One step of the Trainer is one visit of one fact, or of one batch of them. So the learning-rate schedule, logging,
 saving and resuming count visits, and the Trainer's own optimizer.step() after the visit finds no gradients and does
 nothing.
 """
 
+import functools
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +33,7 @@ from ..layers import ffn_parameter_names
 from ..lookahead import Lookahead
 from ..rsft import EpochBooks, LossNotFinite, Visit
 from . import LLAMAFACTORY
-from .llamafactory_recipe import RsftArguments, check_recipe, recipe_name
+from .llamafactory_recipe import check_recipe, recipe_name, with_rsft_keys, without_rsft_keys
 
 # What a knowledge delta says of its training.
 DELTA_RECIPE_KEYS = (
@@ -57,16 +60,21 @@ def register(module) -> None:
 def add_recipe_keys(parser) -> None:
     """Parse, document and check the `rsft` keys; `export` and `chat` accept them too, so that one recipe serves all."""
     original = parser.FinetuningArguments
-
-    @dataclass
-    class FinetuningArguments(RsftArguments, original):
-        __doc__ = original.__doc__
-
     for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS):
-        arguments[arguments.index(original)] = FinetuningArguments
+        arguments[arguments.index(original)] = with_rsft_keys(original)
 
+    def ignoring_rsft_keys(parse):
+        @functools.wraps(parse)
+        def parse_and_drop(args=None):
+            return tuple(without_rsft_keys(arguments) for arguments in parse(args))
+
+        return parse_and_drop
+
+    parser._parse_infer_args = ignoring_rsft_keys(parser._parse_infer_args)
+    parser._parse_eval_args = ignoring_rsft_keys(parser._parse_eval_args)
     parse_train_args = parser._parse_train_args
 
+    @functools.wraps(parse_train_args)
     def parse_and_check(args=None):
         parsed = parse_train_args(args)
         model_args, data_args, training_args, finetuning_args, _ = parsed
@@ -74,7 +82,8 @@ def add_recipe_keys(parser) -> None:
             report_in_one_line()
             LLAMAFACTORY.require_supported("rsft: true")
             check_recipe(model_args, data_args, training_args, finetuning_args)
-        return parsed
+            return parsed
+        return tuple(without_rsft_keys(arguments) for arguments in parsed)
 
     parser._parse_train_args = parse_and_check
 
@@ -83,6 +92,7 @@ def select_ffn_of_layers(adapter) -> None:
     """With `rsft: true`, freeze everything but the FFN of the layers that the recipe names."""
     setup_freeze_tuning = adapter._setup_freeze_tuning
 
+    @functools.wraps(setup_freeze_tuning)
     def setup(model, finetuning_args, is_trainable, cast_trainable_params_to_fp32):
         if not (is_trainable and getattr(finetuning_args, "rsft", False)):
             return setup_freeze_tuning(model, finetuning_args, is_trainable, cast_trainable_params_to_fp32)
@@ -101,7 +111,10 @@ def select_ffn_of_layers(adapter) -> None:
 
 
 def substitute_trainer(workflow) -> None:
-    """With `rsft: true`, `run_sft` gets a trainer that visits samples as Algorithm 1 does."""
+    """With `rsft: true`, `CustomSeq2SeqTrainer` makes a trainer that visits samples as Algorithm 1 does.
+
+    The class stays the one that programs compare with, derive from and pickle; only what it makes is another.
+    """
     original = workflow.CustomSeq2SeqTrainer
 
     class RsftTrainer(original):
@@ -221,11 +234,12 @@ def substitute_trainer(workflow) -> None:
             # The gradients were used and cleared within the visit: log the last ones, not the norm of nothing.
             return self.visit_grad_norm
 
-    def trainer(*, finetuning_args, **kwargs):
-        cls = RsftTrainer if getattr(finetuning_args, "rsft", False) else original
-        return cls(finetuning_args=finetuning_args, **kwargs)
+    @functools.wraps(original.__init__, assigned=())  # or it would hide the class's signature
+    def new(cls, finetuning_args=None, *args, **kwargs):
+        asked = cls is original and getattr(finetuning_args, "rsft", False)
+        return super(original, cls).__new__(RsftTrainer if asked else cls)
 
-    workflow.CustomSeq2SeqTrainer = trainer
+    original.__new__ = new
 
 
 def make_visitor(trainer) -> Visitor:

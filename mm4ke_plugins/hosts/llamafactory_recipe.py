@@ -7,8 +7,10 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..errors import MM4KEError
 from ..fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB
@@ -65,6 +67,43 @@ class RsftArguments:
         default=True,
         metadata={"help": "Write the whole trained model; false only with rsft_save_delta: true."},
     )
+
+
+@cache
+def with_rsft_keys(original: type) -> type:
+    """LLaMA-Factory's `FinetuningArguments` with the keys of `RsftArguments`, under the original's name.
+
+    It is pickled by its original and its values, so that any process reads it, whether or not the hook was there.
+    """
+
+    @dataclass
+    class FinetuningArguments(RsftArguments, original):
+        __module__, __qualname__, __doc__ = original.__module__, original.__qualname__, original.__doc__
+
+        def __reduce__(self) -> tuple:
+            return _restored, (original, vars(self))
+
+    return FinetuningArguments
+
+
+def _restored(original: type, values: dict[str, Any]) -> Any:
+    return _with_values(with_rsft_keys(original), values)
+
+
+def without_rsft_keys(arguments: Any) -> Any:
+    """What LLaMA-Factory would have made of the same recipe without us; of other arguments than `rsft` has, these."""
+    if not isinstance(arguments, RsftArguments):
+        return arguments
+    ours = {entry.name for entry in fields(RsftArguments)}
+    _, original = type(arguments).__bases__
+    return _with_values(original, {key: value for key, value in vars(arguments).items() if key not in ours})
+
+
+def _with_values(cls: type, values: dict[str, Any]) -> Any:
+    """An instance without its checks, which `values` have gone through."""
+    instance = object.__new__(cls)
+    vars(instance).update(values)
+    return instance
 
 
 def recipe_name() -> str:

@@ -48,7 +48,7 @@ def add_tasks(index_module) -> None:
             paths[at:at] = [
                 folder
                 for folder in TASK_FOLDERS
-                if folder.is_dir() and not any(folder.is_relative_to(path) for path in given)
+                if folder.is_dir() and not any(folder.resolve().is_relative_to(path) for path in given)
             ]
         return build(paths, **options)
 

@@ -12,6 +12,7 @@ is half-imported when PyTorch calls us. So the method itself checks all that it 
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,7 +108,15 @@ def replace_run_merge(module) -> None:
     from .mergekit_stream import StreamingExecutor
 
     run_merge = module.run_merge
-    module.Executor = functools.partial(StreamingExecutor, METHOD.spec.name)
+
+    @contextmanager
+    def streaming():
+        """For as long as this is open `run_merge` streams; everybody else's executor is mergekit's own."""
+        executor, module.Executor = module.Executor, functools.partial(StreamingExecutor, METHOD.spec.name)
+        try:
+            yield
+        finally:
+            module.Executor = executor
 
     @functools.wraps(run_merge)
     def check_and_run_merge(merge_config, out_path, options, config_source=None):
@@ -120,7 +129,7 @@ def replace_run_merge(module) -> None:
         check_output(out_path, merge_config)
         with deltas_as_models(merge_config, options) as (merge_config, names):
             check_models(merge_config, options)
-            with written_aside(Path(out_path).resolve()) as folder:
+            with written_aside(Path(out_path).resolve()) as folder, streaming():
                 run_merge(round_at_the_end(merge_config), str(folder), options, config_source)
                 card = folder / "README.md"
                 for path, name in names.items() if card.is_file() else ():

@@ -29,7 +29,7 @@ KNOWEDIT_KEYS = ("record_id", "metric", "axis", "prompt", "target")
 
 # SQuAD 2.0 scores questions with and without an answer apart, under these prefixes, and in percent.
 KINDS_OF_QUESTION = ("HasAns", "NoAns")
-PERCENT_TASKS = ("squadv2",)
+PERCENT_TASKS = ("mm4ke_squadv2", "squadv2")  # lm-eval's own has only totals, see _add_totals
 
 
 @dataclass(frozen=True)
