@@ -1,7 +1,7 @@
 # Three commands on a machine with Python 3.11+, make and git:
 #
 #     make edit    teach SmolLM2-135M-Instruct the facts in recipes/facts.json, and show what that did
-#     make test    run the whole test suite
+#     make test    check the code's form (make lint), and run the whole test suite
 #     make bench   measure speed and memory; FACTS=FILE takes other facts than recipes/facts.json
 #
 # All make the environment .venv first. Running them again redoes only what is missing or outdated.
@@ -10,8 +10,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 # So that the recipes below are literally what a user types.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# OpenMP's threads sleep while they wait for each other. Spinning, training takes many times longer beside other work.
+export OMP_WAIT_POLICY ?= passive
 
-.PHONY: edit test bench clean
+.PHONY: edit lint test bench clean
 .DELETE_ON_ERROR:
 
 edit: work/comparison/comparison.md work/report/report.html
@@ -58,7 +60,11 @@ work/facts/facts.json: recipes/facts.json | $(BIN)/.hosts
 work/base/config.json: | $(BIN)/.hosts
 	mm4ke model --link work/base
 
-test: $(BIN)/.test
+lint: $(BIN)/.test
+	ruff check .
+	ruff format --check .
+
+test: lint
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 FACTS ?= recipes/facts.json

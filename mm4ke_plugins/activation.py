@@ -43,7 +43,7 @@ def activate() -> None:
                 module = sys.modules.get(name)
                 if module is not None and not getattr(module.__spec__, "_initializing", False):
                     call_adapter(host, module)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (whatever it is, `import torch` must not fail)
         warnings.warn(f"mm4ke_plugins is switched off: {error!r}")
 
 
@@ -77,7 +77,7 @@ def call_adapter(host: Host, module) -> None:
     try:
         importlib.import_module(host.adapter).register(module)
         hooked.add(module.__name__)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (whatever it is, the host must go on)
         failures[host.name] = f"{module.__name__}: {error!r}"
         warnings.warn(f"mm4ke_plugins could not hook {host.name}: {failures[host.name]}")
 

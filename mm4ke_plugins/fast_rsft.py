@@ -102,7 +102,7 @@ class Visitor:
             if torch.allclose(fast, plain.to(fast.dtype), rtol=1e-2, atol=1e-3, equal_nan=True):
                 return
             problem = f"the loss of the first fact is {fast[0]:.4f} instead of {plain[0]:.4f}"
-        except Exception as error:  # whatever an architecture that was never seen may raise
+        except Exception as error:  # noqa: BLE001  (whatever an architecture that was never seen may raise)
             problem = first_line(error)
         self._give_up(f"this model can't be computed in parts ({problem})")
 

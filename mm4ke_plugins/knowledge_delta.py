@@ -312,8 +312,9 @@ def load_delta(path: Path) -> KnowledgeDelta:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             manifest = _read_manifest(path, metadata)
-            _check_arrays(path, manifest, {name: file.get_slice(name) for name in file.keys()})
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            names = list(file.keys())
+            _check_arrays(path, manifest, {name: file.get_slice(name) for name in names})
+            arrays = {name: file.get_tensor(name) for name in names}
     except MM4KEError:
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # the last two: torch, of odd offsets

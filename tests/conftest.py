@@ -28,6 +28,7 @@ def run_command(*command: str | Path, cwd: Path = ROOT, **env: str) -> subproces
         capture_output=True,
         text=True,
         timeout=900,
+        check=False,
     )
 
 

@@ -24,6 +24,7 @@ with contextlib.redirect_stdout(sys.stderr):
     import llamafactory.train.sft.trainer  # isort: skip
     import mergekit.graph
     import mergekit.merge
+    import mergekit.plan
     from llamafactory.hparams import FinetuningArguments, get_eval_args, get_infer_args, get_train_args
     from llamafactory.train.sft import workflow
     from llamafactory.train.tuner import run_exp
@@ -122,6 +123,7 @@ def classes() -> dict[str, object]:
         "made": [type(made) is trainer, type(derived) is Derived],
         "signature": str(inspect.signature(trainer)),
         "executor": mergekit.merge.Executor is mergekit.graph.Executor,
+        "planner": mergekit.merge.MergePlanner is mergekit.plan.MergePlanner,
         "pickled": [pickle.loads(pickle.dumps(one)) is one for one in (trainer, mergekit.merge.Executor, *functions)],
         "functions": [f"{one.__module__}.{one.__qualname__}{inspect.signature(one)}" for one in functions],
         "loaders": [len(pickle.dumps(module.__spec__.loader)) > 0 for module in modules],

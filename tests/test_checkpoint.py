@@ -341,7 +341,7 @@ def test_another_shape_or_dtype_is_not_equal(tmp_path):
 
 
 def test_comparing_a_file_that_became_shorter(tmp_path):
-    numbers, first = pair(tmp_path, torch.float32, 100)
+    _, first = pair(tmp_path, torch.float32, 100)
     first.path.write_bytes(first.path.read_bytes()[:-1])
     with pytest.raises(MM4KEError, match=f"^{tmp_path}/first: became shorter while it was read"):
         equal_and_finite(first, [])

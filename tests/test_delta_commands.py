@@ -302,6 +302,7 @@ def test_a_full_disk(models, tmp_path, command):
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
+        check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert run.returncode == 1

@@ -50,7 +50,7 @@ def delta(models, tmp_path_factory) -> Path:  # noqa: F811
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_lm_eval_scores_a_delta_as_its_checkpoint(models, delta, monkeypatch, finished, with_reference):  # noqa: F811
     base, half = str(models / "base"), str(delta.parent / "half")
-    expected = samples_of(evaluate(models, TASKS, model_args={"pretrained": half, "reference": base}))  # noqa: F811
+    expected = samples_of(evaluate(models, TASKS, model_args={"pretrained": half, "reference": base}))
     arguments = {"pretrained": base, "knowledge_delta": str(delta), "weight": 0.5, "density": 0.6}
     if finished:
         arguments = {"pretrained": base, "knowledge_delta": str(delta.parent / "finished")}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mm4ke_plugins import knowledge_delta
 from mm4ke_plugins.delta import merge
-from mm4ke_plugins.delta_encoding import from_gaps, ordered, tensor_sha256, to_gaps, unpack_bits
+from mm4ke_plugins.delta_encoding import from_gaps, ordered, shifted_bits, tensor_sha256, to_gaps, unpack_bits
 from mm4ke_plugins.delta_merging import check_alike
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.knowledge_delta import (
@@ -154,11 +154,14 @@ def test_gaps_of_every_length(positions):
     assert from_gaps(to_gaps(np.array(positions))).tolist() == positions
 
 
-def test_bits_are_unpacked_alike_for_a_gpu():
-    """By what runs there, on the CPU: torch instead of numpy."""
-    bitmap = torch.randint(0, 256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    shifts = torch.arange(8, dtype=torch.uint8)
-    assert torch.equal(unpack_bits(bitmap), (bitmap[:, None] >> shifts & 1).reshape(-1).bool())
+def test_bits_are_unpacked_alike_for_a_gpu(monkeypatch):
+    bitmap = torch.arange(256, dtype=torch.uint8)
+    expected = [bool(byte >> bit & 1) for byte in range(256) for bit in range(8)]
+    for unpacked in (unpack_bits(bitmap), shifted_bits(bitmap)):
+        assert unpacked.dtype == torch.bool
+        assert unpacked.tolist() == expected
+    monkeypatch.setattr("mm4ke_plugins.delta_encoding.shifted_bits", lambda bitmap: bitmap.device.type)
+    assert unpack_bits(bitmap.to("meta")) == "meta"  # the one other device that every machine has
 
 
 @pytest.mark.gpu

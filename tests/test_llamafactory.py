@@ -107,11 +107,14 @@ def transcription(recipe: dict):
     visits = len(dataset) * recipe["num_train_epochs"]
     schedule = get_scheduler(recipe["lr_scheduler_type"], optimizer, 0, visits)
 
+    losses, norms, logged = [], [], []
+    model.register_forward_hook(lambda *arguments: losses.append(arguments[-1].loss.item()))
+
     class ClippedOptimizer:
         zero_grad = optimizer.zero_grad
 
         def step():
-            torch.nn.utils.clip_grad_norm_(trained, training_args.max_grad_norm)
+            norms.append(torch.nn.utils.clip_grad_norm_(trained, training_args.max_grad_norm).item())
             optimizer.step()
 
     K, tau = finetuning_args.rsft_steps_per_sample, finetuning_args.rsft_loss_threshold
@@ -121,20 +124,25 @@ def transcription(recipe: dict):
         before = len(updates)
         for i in range(len(dataset)):
             sample = dict(collate([dataset[i]]))
+            losses.clear(), norms.clear()
             updates += [(epoch, i, k) for _, _, k in algorithm_1(model, [sample], ClippedOptimizer, 1, K, tau)]
             schedule.step()
+            logged.append((losses[0], norms[-1] if norms else 0.0))  # a fact's loss on arrival, its last gradient
         if len(updates) == before:
             break
-    return updates, model.state_dict()
+    return updates, model.state_dict(), logged
 
 
 def test_same_updates_and_same_weights_as_algorithm_1(recipe):
-    updates, expected = transcription(recipe)
+    updates, expected, logged = transcription(recipe)
     weights, books = train(recipe)
     assert [entry["rsft_updates"] for entry in books] == [
         sum(update[0] == epoch for update in updates) for epoch in range(len(books))
     ]
     assert {name: torch.equal(weights[name], expected[name]) for name in weights} == dict.fromkeys(weights, True)
+    history = json.loads((Path(recipe["output_dir"]) / "trainer_state.json").read_text())["log_history"]
+    log = [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+    assert log == [pytest.approx(entry, rel=1e-5) for entry in logged]
     assert {update[2] for update in updates} == set(range(6))  # some visits used up their K updates
     assert any(entry["rsft_already_converged"] for entry in books)  # and some needed none
 

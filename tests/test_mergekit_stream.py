@@ -12,9 +12,6 @@ from conftest import run_command
 from test_mergekit import LAYER, edit, expect, ffn, load, models, recipe, refuses, run_merge, save, shard  # noqa: F401
 from tiny import make_tiny_model
 
-import mergekit.graph  # isort: skip  # after test_mergekit, which imports torch and mergekit in the right order
-import mergekit.merge
-
 from mm4ke_plugins.hosts import mergekit_stream
 
 

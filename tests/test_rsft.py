@@ -30,21 +30,25 @@ def algorithm_1(model, samples, optimizer, E, K, tau):
 
 def visit_every_sample(model, samples, optimizer, E, K, tau):
     updates = []
+
+    def visit_one(epoch, i, sample):
+        made = []
+
+        def update(loss, indices):
+            assert indices == [0]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            made.append((epoch, i, len(made)))
+
+        visited = visit(lambda _: model(**sample).loss[None], update, [None], loss_threshold=tau, steps_per_sample=K)
+        assert visited.updates == len(made)
+        assert visited.converged == [visited.final_losses[0] < tau]
+        return made
+
     for epoch in range(E):
         for i, sample in enumerate(samples):
-
-            def update(loss, indices):
-                assert indices == [0]
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                updates.append((epoch, i, len([u for u in updates if u[:2] == (epoch, i)])))
-
-            visited = visit(
-                lambda _: model(**sample).loss[None], update, [None], loss_threshold=tau, steps_per_sample=K
-            )
-            assert visited.updates == len([u for u in updates if u[:2] == (epoch, i)])
-            assert visited.converged == [visited.final_losses[0] < tau]
+            updates += visit_one(epoch, i, sample)
     return updates
 
 

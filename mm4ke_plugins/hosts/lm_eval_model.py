@@ -249,7 +249,7 @@ def _folder(key: str, value: Any, title: str) -> Path:
     if not folder.is_dir() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(value)):
         try:
             return Path(snapshot_download(str(value), allow_patterns=HUB_FILES))
-        except Exception as error:  # offline, no such model, no permission: as many kinds as ways to fail
+        except Exception as error:  # noqa: BLE001  (offline, no such model, no permission: as many kinds as ways)
             raise MM4KEError(
                 f"{key}={value}: no such folder, and not to be had from the hub ({first_line(error)}); "
                 f"give the folder of the {title} model"

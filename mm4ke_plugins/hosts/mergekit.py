@@ -110,13 +110,15 @@ def replace_run_merge(module) -> None:
     run_merge = module.run_merge
 
     @contextmanager
-    def streaming():
-        """For as long as this is open `run_merge` streams; everybody else's executor is mergekit's own."""
-        executor, module.Executor = module.Executor, functools.partial(StreamingExecutor, METHOD.spec.name)
+    def own_parts():
+        """For as long as this is open `run_merge` works with our parts; otherwise mergekit's names are mergekit's."""
+        ours = {"Executor": functools.partial(StreamingExecutor, METHOD.spec.name)}
+        theirs = {name: getattr(module, name) for name in ours}
+        vars(module).update(ours)
         try:
             yield
         finally:
-            module.Executor = executor
+            vars(module).update(theirs)
 
     @functools.wraps(run_merge)
     def check_and_run_merge(merge_config, out_path, options, config_source=None):
@@ -127,10 +129,10 @@ def replace_run_merge(module) -> None:
         config_source = config_source or merge_config.to_yaml()
         check_recipe(merge_config, config_source, METHOD.spec)
         check_output(out_path, merge_config)
-        with deltas_as_models(merge_config, options) as (merge_config, names):
-            check_models(merge_config, options)
-            with written_aside(Path(out_path).resolve()) as folder, streaming():
-                run_merge(round_at_the_end(merge_config), str(folder), options, config_source)
+        with deltas_as_models(merge_config, options) as (config, names):
+            check_models(config, options)
+            with written_aside(Path(out_path).resolve()) as folder, own_parts():
+                run_merge(round_at_the_end(config), str(folder), options, config_source)
                 card = folder / "README.md"
                 for path, name in names.items() if card.is_file() else ():
                     card.write_text(card.read_text(encoding="utf-8").replace(path, name), encoding="utf-8")

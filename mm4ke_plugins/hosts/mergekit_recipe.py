@@ -148,7 +148,7 @@ def _check_location(model: ModelReference, key: str, options: MergeOptions) -> N
         try:
             if options.write_model_card:
                 is_hf(path)
-        except Exception as error:  # whatever goes wrong on the network
+        except Exception as error:  # noqa: BLE001  (whatever goes wrong on the network)
             refuse(
                 f"{key}: {path}: the model card would link it if it is a hub id too, and the hub can't be asked "
                 f"({first_line(error)}); write ./{path}"

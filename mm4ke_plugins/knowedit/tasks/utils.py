@@ -141,7 +141,7 @@ def _default_file(group: str) -> Path:
 
     try:
         return Path(hf_hub_download(HUB_DATASET, HUB_FILES[group], repo_type="dataset"))
-    except Exception as error:  # offline, no such file, no permission: as many kinds as ways to fail
+    except Exception as error:  # noqa: BLE001  (offline, no such file, no permission: as many kinds as ways to fail)
         raise MM4KEError(
             f"{group}: can't get {HUB_FILES[group]} of {HUB_DATASET} from the hub ({first_line(error)}); "
             "name your copy with --metadata knowedit_file=FILE"
