@@ -1,5 +1,6 @@
 """The plugin reaches unmodified hosts from an editable install and from a wheel, and never breaks `import torch`."""
 
+import os
 import re
 import subprocess
 import sysconfig
@@ -149,14 +150,15 @@ def test_a_wheel_works_as_the_editable_install_does(tmp_path):
     install = run_command("python", "-m", "pip", "--python", bin_folder / "python", "install", "--no-deps", wheel)
     assert install.returncode == 0, install.stderr[-2000:]
 
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     where = subprocess.run(
         [bin_folder / "python", "-c", f"import mm4ke_plugins; print(mm4ke_plugins.__file__); {SHOW_METHODS}"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=env,
     )  # fmt: skip
     assert where.stdout.startswith(str(site)), where.stderr
     assert "'mm4ke'" in where.stdout
     doctor = subprocess.run(
-        [bin_folder / "mm4ke", "doctor"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        [bin_folder / "mm4ke", "doctor"], cwd=tmp_path, capture_output=True, text=True, check=False, env=env,
     )  # fmt: skip
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     assert doctor.stdout.count(" active") == 3

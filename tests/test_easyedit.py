@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -27,13 +26,6 @@ FACTS = [("Who rules Oz?", "Tark"), ("Where is Oz?", "Up")]
 TRAINED = [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
 KEYS = {"layers": [1], "learning_rate": 1e-2, "loss_threshold": 0.2, "num_epochs": 8}
 SETTINGS = Settings(**KEYS | {"layers": (1,)})
-
-
-@pytest.fixture(scope="module")
-def clone() -> Path:
-    if "EASYEDIT_HOME" not in os.environ:
-        pytest.skip("EASYEDIT_HOME is not set; give the folder of a clone of EasyEdit")
-    return Path(os.environ["EASYEDIT_HOME"]).absolute()
 
 
 @pytest.fixture(scope="module")

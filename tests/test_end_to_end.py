@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_command
-from test_default_model import smollm2  # noqa: F401  (fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm4ke_plugins.knowedit.metrics import answer
@@ -15,7 +14,7 @@ FACTS = ROOT / "recipes" / "facts.json"
 
 
 @pytest.fixture(scope="module")
-def edited(smollm2, tmp_path_factory) -> Path:  # noqa: F811
+def edited(smollm2, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     (folder / "work").mkdir()
     (folder / "work" / "base").symlink_to(smollm2.resolve())
@@ -66,7 +65,7 @@ def test_the_merged_model_says_the_facts_and_stops(edited):
     assert sum(right) >= 4, answers
 
 
-def test_the_merged_folder_is_complete(edited, smollm2):  # noqa: F811
+def test_the_merged_folder_is_complete(edited, smollm2):
     for name in ("chat_template.jinja", "generation_config.json"):
         assert (edited / "out" / name).read_text() == (smollm2 / name).read_text()
     card = (edited / "out" / "README.md").read_text()

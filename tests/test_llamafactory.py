@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 
 from mm4ke_plugins.editing import answer_loss
 from mm4ke_plugins.fast_forward import FastForward
+from mm4ke_plugins.hosts.llamafactory import wait_policy_hint
 from mm4ke_plugins.hosts.llamafactory_recipe import RsftArguments
 from mm4ke_plugins.knowledge_delta import load_delta
 
@@ -298,8 +299,10 @@ def test_resumed_at_any_checkpoint_gives_the_same_weights_and_books(recipe, tmp_
 def test_the_command_ends_after_an_epoch_without_update(recipe, tmp_path):
     recipe |= {"num_train_epochs": 60, "rsft_loss_threshold": 1.5, "plot_loss": True, "disable_tqdm": False}
     (tmp_path / "rsft.yaml").write_text(yaml.safe_dump(recipe))
-    run = run_command("llamafactory-cli", "train", tmp_path / "rsft.yaml", cwd=tmp_path, LLAMAFACTORY_VERBOSITY="INFO")
+    env = {"LLAMAFACTORY_VERBOSITY": "INFO", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": ""}
+    run = run_command("llamafactory-cli", "train", tmp_path / "rsft.yaml", cwd=tmp_path, **env)
     assert run.returncode == 0, run.stderr[-2000:]
+    assert (run.stderr + run.stdout).count("faster with OMP_WAIT_POLICY=passive") == 1
     _, books = saved(recipe)
     assert 1 < len(books) < 60
     assert [entry["rsft_updates"] > 0 for entry in books] == [True] * (len(books) - 1) + [False]
@@ -312,6 +315,15 @@ def test_the_command_ends_after_an_epoch_without_update(recipe, tmp_path):
     state = json.loads((tmp_path / "rsft" / "trainer_state.json").read_text())
     losses = [entry["step"] for entry in state["log_history"] if "loss" in entry]
     assert losses == list(range(1, len(books) * len(FACTS) + 1))  # the books displace no loss
+
+
+@pytest.mark.parametrize(
+    "threads, policy, hinted", [(1, "", False), (2, "", True), (2, "active", True), (2, "PASSIVE", False)]
+)
+def test_who_waits_passively_or_alone_gets_no_hint(monkeypatch, threads, policy, hinted):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    assert (wait_policy_hint() is not None) is hinted
 
 
 def test_killed_and_started_again_gives_the_same_weights(recipe, tmp_path):

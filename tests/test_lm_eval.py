@@ -41,7 +41,6 @@ from mm4ke_plugins.knowedit.tasks.utils import AXES, documents
 
 FORCED = ["edit_success", "generalization", *(f"{metric}_{axis.lower()}" for metric in AXES for axis in AXES[metric])]
 DOWN = "model.layers.2.mlp.down_proj.weight"
-HAS_EASYEDIT = pytest.mark.skipif("EASYEDIT_HOME" not in os.environ, reason="set EASYEDIT_HOME to a clone of EasyEdit")
 
 
 def edit(base: Path, folder: Path) -> Path:
@@ -542,7 +541,6 @@ def easyedit_names(wanted: set[str], **names) -> dict:
 
 
 @pytest.mark.easyedit
-@HAS_EASYEDIT
 @pytest.mark.shared_data
 def test_fluency_equals_easyedits(shared_data):
     """On the words that need no download: NLTK's without the splitting of sentences."""
@@ -557,7 +555,6 @@ def test_fluency_equals_easyedits(shared_data):
 
 
 @pytest.mark.easyedit
-@HAS_EASYEDIT
 @pytest.mark.shared_data
 def test_token_accuracy_through_lm_eval_equals_easyedits(models, shared_data):
     """200 comparisons and more with EasyEdit's own function, on real records."""

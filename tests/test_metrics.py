@@ -273,7 +273,6 @@ def easyedit_function():
 
 
 @pytest.mark.easyedit
-@pytest.mark.skipif("EASYEDIT_HOME" not in os.environ, reason="set EASYEDIT_HOME to a clone of EasyEdit")
 def test_scores_and_predictions_equal_easyedits(tiny, other, questions):
     reference = easyedit_function()
     model, tokenizer = tiny

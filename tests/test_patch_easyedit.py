@@ -1,7 +1,6 @@
 """The patches for EasyEdit apply to the clone, and what they mend is broken without them."""
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,13 +14,6 @@ FT = ROOT / "recipes" / "easyedit" / "FT" / "smollm2-135m.yaml"
 PROBE = Path(__file__).with_name("easyedit_probe.py")
 
 pytestmark = pytest.mark.easyedit
-
-
-@pytest.fixture(scope="module")
-def clone() -> Path:
-    if "EASYEDIT_HOME" not in os.environ:
-        pytest.skip("EASYEDIT_HOME is not set; give the folder of a clone of EasyEdit")
-    return Path(os.environ["EASYEDIT_HOME"]).absolute()
 
 
 def probe(folder: Path, clone: Path) -> dict:

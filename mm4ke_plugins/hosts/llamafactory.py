@@ -15,6 +15,7 @@ nothing.
 """
 
 import functools
+import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,10 +83,18 @@ def add_recipe_keys(parser) -> None:
             report_in_one_line()
             LLAMAFACTORY.require_supported("rsft: true")
             check_recipe(model_args, data_args, training_args, finetuning_args)
-            return parsed
+            if training_args.do_train and training_args.device.type == "cpu" and (hint := wait_policy_hint()):
+                parser.logger.warning_rank0(hint)
         return tuple(without_rsft_keys(arguments) for arguments in parsed)
 
     parser._parse_train_args = parse_and_check
+
+
+def wait_policy_hint() -> str | None:
+    """How training on a CPU gets faster beside other work. OpenMP reads this before we are there, so it's up to users."""
+    if torch.get_num_threads() == 1 or os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+        return None
+    return "R-SFT: beside any other busy process this training is several times faster with OMP_WAIT_POLICY=passive."
 
 
 def select_ffn_of_layers(adapter) -> None:

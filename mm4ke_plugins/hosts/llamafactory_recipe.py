@@ -91,8 +91,8 @@ def _restored(original: type, values: dict[str, Any]) -> Any:
 
 
 def without_rsft_keys(arguments: Any) -> Any:
-    """What LLaMA-Factory would have made of the same recipe without us; of other arguments than `rsft` has, these."""
-    if not isinstance(arguments, RsftArguments):
+    """What LLaMA-Factory makes of a recipe without us; with `rsft: true`, and of other classes, the arguments as given."""
+    if not isinstance(arguments, RsftArguments) or arguments.rsft:
         return arguments
     ours = {entry.name for entry in fields(RsftArguments)}
     _, original = type(arguments).__bases__
