@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from mm4ke_plugins import knowledge_delta
 from mm4ke_plugins.delta import merge
-from mm4ke_plugins.delta_encoding import from_gaps, ordered, shifted_bits, tensor_sha256, to_gaps, unpack_bits
+from mm4ke_plugins.delta_encoding import (
+    from_gaps,
+    identical,
+    ordered,
+    shifted_bits,
+    tensor_sha256,
+    to_gaps,
+    unpack_bits,
+)
 from mm4ke_plugins.delta_merging import check_alike
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.knowledge_delta import (
@@ -152,6 +160,14 @@ def test_the_smallest_encoding_is_chosen(tmp_path, share, positions):
 @pytest.mark.parametrize("positions", [[0], [254], [255], [256], [510], [0, 1, 2], [5, 260, 516, 5000], [100_000]])
 def test_gaps_of_every_length(positions):
     assert from_gaps(to_gaps(np.array(positions))).tolist() == positions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_identical_is_by_the_bits(dtype):
+    zeros, nan = torch.tensor([0.0, -0.0], dtype=dtype), torch.tensor([float("nan")], dtype=dtype)
+    assert not identical(zeros[:1], zeros[1:])
+    assert identical(nan, nan.clone())
+    assert identical(zeros[:1], torch.zeros(1, dtype=torch.float64))
 
 
 def test_bits_are_unpacked_alike_for_a_gpu(monkeypatch):

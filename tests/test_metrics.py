@@ -254,6 +254,8 @@ def test_free_answers_stop_by_themselves_and_ignore_the_models_sampling(tmp_path
     assert answer(model, tokenizer, ["Who founded Brevik?"], max_new_tokens=12) == [
         tokenizer.decode([*said, stop], skip_special_tokens=True).strip()
     ]
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(stop)]})
+    assert answer(model, tokenizer, ["Who founded Brevik?"], max_new_tokens=12) == [tokenizer.decode(said).strip()]
 
 
 # ---- EasyEdit ----

@@ -270,11 +270,34 @@ def test_a_clear_interval_needs_mcnemar_as_well():
     assert compare(values(*[0.0] * 50), values(*[1.0] * 6, *[0.0] * 44)).is_clear
 
 
+def test_a_loss_is_as_clear_as_a_gain():
+    change = compare(values(*[1.0] * 50), values(*[0.0] * 6, *[1.0] * 44))
+    assert change.high < 0 and (change.better, change.worse, change.p) == (0, 6, pytest.approx(2 / 64))
+    assert change.is_clear
+
+
+def test_an_interval_ends_where_scores_from_0_to_1_do():
+    # Differences .1 and .9: mean .5, error .4, t(.975, 1) = 12.7062 from any printed table.
+    change = compare(values(0.0, 0.0), values(0.1, 0.9))
+    assert (change.low, change.high, change.detectable) == (-1.0, 1.0, None)
+    change = compare(values(600.0, 500.0), values(610.0, 590.0))
+    assert (change.low, change.high) == pytest.approx((50 - 12.7062 * 40, 50 + 12.7062 * 40), abs=0.01)
+    assert change.detectable == pytest.approx((12.7062 + 0.84162) * 40, abs=0.01)
+
+
+def test_mcnemar_is_for_answers_that_are_right_or_wrong_in_both():
+    half, whole = values(0.5, 1.0, 0.0), values(1.0, 1.0, 0.0)
+    assert compare(half, whole).p is None and compare(whole, half).p is None
+    assert compare(whole, whole).p == 1.0
+
+
 def test_equal_answers_have_no_interval():
     change = compare(values(*[1.0] * 50), values(*[1.0] * 50))
     assert (change.low, change.detectable, change.p, change.is_clear) == (None, None, 1.0, False)
     assert change.hidden == pytest.approx(1 - 0.05 ** (1 / 50))
     assert not compare(values(0.0), values(1.0)).is_clear  # one record
+    assert not compare(values(0.5), values(0.7)).is_clear
+    assert not compare(values(0.5, 0.5), values(0.5, 0.5)).is_clear
     assert compare(values(*[0.0] * 9), values(*[1.0] * 9)).is_clear
 
 
