@@ -311,7 +311,9 @@ def test_equal_and_finite(tmp_path, monkeypatch, dtype, entries):
         changed = numbers.clone()
         changed[place] = 1 - changed[place].to(torch.int8)
         same = StoredTensor(first.path, first.dtype, first.shape, first.offset, first.length)
-        assert not equal_and_finite(first, [same, stored_as(tmp_path, changed)])
+        other = stored_as(tmp_path, changed)
+        for others in ([other], [same, other], [other, same]):
+            assert not equal_and_finite(first, others)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
