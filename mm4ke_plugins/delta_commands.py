@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from errno import EEXIST, ENOTDIR, ENOTEMPTY
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from .checkpoint import equal_and_finite, open_tensors, rewrite, stored_tensors, tensor_files
+from .checkpoint import equal_and_finite, open_safetensors, open_tensors, rewrite, stored_tensors, tensor_files
 from .delta_encoding import DTYPES, in_threads, shape_text, tensor_sha256
 from .delta_manifest import MAGNITUDES, Manifest, choose
 from .delta_merging import check_alike, check_base, merged_tensor
 from .errors import MM4KEError, first_line
-from .files import written_aside
-from .knowledge_delta import KnowledgeDelta, load_delta, save_delta
+from .files import refused_in_one_line, written_aside
+from .knowledge_delta import MANIFEST_KEY, KnowledgeDelta, load_delta, save_delta
 
 # Other forms of a model's weights. Beside new weights they would be the old model.
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
@@ -68,9 +69,11 @@ def extract(
 
     recipe: a YAML file whose settings are noted in the delta
 
-    Raises MM4KEError: a folder or the recipe can't be read, the two are not of one model; what `save_delta` raises.
+    Raises MM4KEError: a folder or the recipe can't be read, the two are not of one model, `output` is another file
+    than an earlier delta; what `save_delta` raises.
     """
     choose(weight, density)
+    _check_replaceable(output)
     settings = _read_recipe(recipe) if recipe else None
     architecture = _architecture(base)
     with ExitStack() as stack:
@@ -91,6 +94,16 @@ def extract(
             recipe=settings,
             titles=(str(base), str(edited)),
         )
+
+
+def _check_replaceable(output: Path) -> None:
+    """Refuse to replace any file but an earlier delta, such as a model's own."""
+    try:
+        if not output.exists() or MANIFEST_KEY in open_safetensors(output).metadata():
+            return
+    except (MM4KEError, TypeError):  # another kind of file, or one without metadata
+        pass
+    raise MM4KEError(f"{output}: exists and is no knowledge delta; remove it or give another place")
 
 
 def _differing(base: Path, edited: Path) -> list[str]:
@@ -250,27 +263,25 @@ def _write_model(
             names_in[file].append(name)
     others = [path for path in sorted(source.iterdir()) if path.is_file() and path.suffix not in WEIGHTS]
     size = sum(path.stat().st_size for path in names_in)
-    try:
-        with new_folder(output) as folder, tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
-            # Files with new tensors first: what is wrong with these shows before the long copies.
-            for file, names in sorted(names_in.items(), key=lambda item: not item[1]):
-                target = folder / file.name
-                if names:
-                    rewrite(
-                        file,
-                        target,
-                        {name: replacements[name] for name in names},
-                        {name: dtypes[name] for name in names if name in dtypes},
-                    )
-                elif link:
-                    os.link(file.resolve(), target)
-                else:
-                    shutil.copyfile(file, target)
-                bar.update(file.stat().st_size)
-            for path in others:
-                shutil.copyfile(path, folder / path.name)
-    except OSError as error:
-        raise MM4KEError(f"{output}: can't be written: {error.strerror or error}; nothing was left behind") from None
+    bar = tqdm(total=size, unit="B", unit_scale=True, leave=False)
+    with refused_in_one_line(output), new_folder(output) as folder, bar:
+        # Files with new tensors first: what is wrong with these shows before the long copies.
+        for file, names in sorted(names_in.items(), key=lambda item: not item[1]):
+            target = folder / file.name
+            if names:
+                rewrite(
+                    file,
+                    target,
+                    {name: replacements[name] for name in names},
+                    {name: dtypes[name] for name in names if name in dtypes},
+                )
+            elif link:
+                os.link(file.resolve(), target)
+            else:
+                shutil.copyfile(file, target)
+            bar.update(file.stat().st_size)
+        for path in others:
+            shutil.copyfile(path, folder / path.name)
 
 
 @contextmanager
@@ -279,11 +290,17 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     Raises MM4KEError where `output` exists and is not an empty folder.
     """
+    exists = MM4KEError(f"{output}: exists; remove it or give another folder")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise MM4KEError(f"{output}: exists; remove it or give another folder")
-    with written_aside(output.resolve()) as folder:
-        folder.mkdir()
-        yield folder
+        raise exists
+    try:
+        with written_aside(output.resolve(), replace=False) as folder:
+            folder.mkdir()
+            yield folder
+    except OSError as error:
+        if error.errno in (EEXIST, ENOTEMPTY, ENOTDIR) and error.filename2:  # another run was faster
+            raise exists from None
+        raise
 
 
 # ---- show and diff ----

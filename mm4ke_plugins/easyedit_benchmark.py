@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -30,7 +29,7 @@ from . import __version__
 from .comparison import load_model, load_tokenizer, markdown_table, require_model_folder
 from .easyedit_worker import Job
 from .errors import MM4KEError, first_line
-from .files import replace_text
+from .files import alone_in, refused_in_one_line, replace_text, scratch_folder
 from .knowedit.metrics import METRICS, Encoded, Question, encode, mean_scores, predict, question_scores, questions_of
 from .knowedit.records import Record, read_records
 
@@ -87,7 +86,6 @@ def benchmark(
         raise MM4KEError(f"--n {n}: {data} has {len(found)} records; give at most that")
     records = found[:n]
     questions = questions_of(records)
-    output.mkdir(parents=True, exist_ok=True)
     common = {
         "kind": "mm4ke-easyedit",
         "version": 1,
@@ -101,7 +99,8 @@ def benchmark(
 
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     results = []
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    progress = Progress(*columns, console=Console(stderr=True))
+    with refused_in_one_line(output), alone_in(output, wait=False), progress:
         task = progress.add_task("base: asking", total=len(questions))
         tokenizer = load_tokenizer(model)
         codes = [encode(tokenizer, question, prompt_format) for question in questions]
@@ -114,7 +113,7 @@ def benchmark(
                 done += len(records) if stage == "asking" else 0
                 progress.update(task, description=f"{method}: {stage}", completed=done)
 
-            with tempfile.TemporaryDirectory() as scratch:
+            with scratch_folder() as scratch:
                 job = Job(
                     method=method,
                     hparams=str(file),
@@ -123,8 +122,8 @@ def benchmark(
                     records=len(records),
                     prompt_format=prompt_format,
                     text=text and str(text.absolute()),
-                    scratch=scratch,
-                    output=str(Path(scratch, "result.json")),
+                    scratch=str(scratch),
+                    output=str(scratch / "result.json"),
                 )
                 answer = run_worker(job, easyedit, output / f"{method}.log", show)
             progress.update(task, description=f"{method}: {'failed' if answer['error'] else 'done'}")
@@ -143,8 +142,8 @@ def benchmark(
                 }
             )
             replace_text(output / f"{method}.json", json.dumps(results[-1], indent=1, ensure_ascii=False) + "\n")
-    header, rows = table(results)
-    replace_text(output / "table.md", "\n".join([*markdown_table(header, rows), ""]))
+        header, rows = table(results)
+        replace_text(output / "table.md", "\n".join([*markdown_table(header, rows), ""]))
     return results
 
 

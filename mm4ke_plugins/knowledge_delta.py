@@ -64,6 +64,7 @@ from .delta_encoding import (
 )
 from .delta_manifest import MAGNITUDES, Applied, Manifest, TensorInfo, choose, line, setting
 from .errors import MM4KEError, first_line
+from .files import refused_in_one_line
 
 MANIFEST_KEY, SHA256_KEY = "mm4ke_knowledge_delta", "mm4ke_sha256"
 
@@ -143,11 +144,8 @@ def save_delta(
     new = {
         name: NewTensor(array.dtype, tuple(array.shape), lambda array=array: array) for name, array in arrays.items()
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with refused_in_one_line(path):
         write_tensors(path, new, metadata)
-    except OSError as error:
-        raise MM4KEError(f"{path}: can't be written: {error.strerror or error}; give another place") from None
     return manifest
 
 

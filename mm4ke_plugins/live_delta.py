@@ -38,7 +38,8 @@ def apply_delta(
     """While this is open, the model has the edit; then it is as it was before, bit for bit, also after an exception.
 
     The numbers are those that `mm4ke delta apply` and mergekit write for this weight and density, see `LiveDelta.set`.
-    Within another delta's block both are on: their differences add up, as in one `delta.merge` of both.
+    Within another delta's block both are on: their differences add up, as in one `delta.merge` of both. A delta that
+    was put on within this block and is still on at its end is taken off with it.
 
     Raises MM4KEError, before the model is touched: what `load_delta` raises, and what `LiveDelta` does.
     """
@@ -47,7 +48,7 @@ def apply_delta(
         live.set(weight, density)
         yield live
     finally:
-        live.remove()
+        live.remove_with_later()
 
 
 class LiveDelta:
@@ -136,8 +137,20 @@ class LiveDelta:
         self.before = None
         stack.pop()
 
+    def remove_with_later(self) -> None:
+        """Take the delta off the model, and before it those that were put on later."""
+        while self.before is not None:
+            on_models[self.model][-1].remove()
+
     def keep(self) -> dict[str, torch.Tensor]:
-        """Leave the delta on the model for good. Returns the delta's tensors as they were before it, by name."""
+        """Leave the delta on the model for good. Returns the delta's tensors as they were before it, by name.
+
+        Only the single delta on a model can stay: the numbers of several depend on all of them.
+        """
+        if on_models[self.model] != [self]:
+            raise RuntimeError(
+                "another delta is on this model, which would take this one off; take that one off first"
+            )
         on_models[self.model].remove(self)
         before, self.before = self.before, None
         return before

@@ -34,7 +34,6 @@ from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -47,6 +46,7 @@ from .delta_commands import extract
 from .delta_encoding import DTYPES
 from .delta_manifest import choose
 from .errors import MM4KEError
+from .files import scratch_folder
 from .knowedit.metrics import (
     METRICS,
     Encoded,
@@ -169,8 +169,8 @@ def sweep(
     if prompt_format == "chat" and not tokenizer.chat_template:
         raise MM4KEError(f"{base}: the tokenizer has no chat template; add one, or use --prompt-format raw")
 
-    with TemporaryDirectory(prefix="mm4ke-") as aside:
-        delta = _delta(base, tokenizer, edited, Path(aside))
+    with scratch_folder() as aside:
+        delta = _delta(base, tokenizer, edited, aside)
         dtype = DTYPES[next(iter(delta.manifest.tensors.values())).base_dtype]
         model = load_model(base, dtype, "cuda" if torch.cuda.is_available() else "cpu")
         live = LiveDelta(model, delta)

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import MM4KEError
-from .files import written_aside
+from .files import refused_in_one_line, written_aside
 from .knowedit.metrics import METRICS
 from .report.figures import MARKERS
 from .sweep import DEFAULT, HALVES, Point, title
@@ -160,20 +160,17 @@ def write(result: dict[str, Any], output: Path) -> None:
     Raises MM4KEError: see `check_output`; a full disk and the like.
     """
     check_output(output)
-    try:
-        with written_aside(output.resolve()) as folder:
-            folder.mkdir()
-            for name, text in (
-                ("sweep.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"),
-                ("sweep.csv", _csv(result)),
-                ("merge.yaml", merge_recipe(result, output)),
-            ):
-                (folder / name).write_text(text, encoding="utf-8")
-            for name, figure in figures(result):
-                for suffix in ("svg", "png"):
-                    figure.savefig(folder / f"{name}.{suffix}", dpi=150, bbox_inches="tight")
-    except OSError as error:
-        raise MM4KEError(f"{output}: can't be written: {error.strerror or error}; give another place") from None
+    with refused_in_one_line(output), written_aside(output.resolve()) as folder:
+        folder.mkdir()
+        for name, text in (
+            ("sweep.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"),
+            ("sweep.csv", _csv(result)),
+            ("merge.yaml", merge_recipe(result, output)),
+        ):
+            (folder / name).write_text(text, encoding="utf-8")
+        for name, figure in figures(result):
+            for suffix in ("svg", "png"):
+                figure.savefig(folder / f"{name}.{suffix}", dpi=150, bbox_inches="tight")
 
 
 def _csv(result: dict[str, Any]) -> str:

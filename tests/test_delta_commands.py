@@ -326,3 +326,16 @@ def test_an_edited_model_may_store_the_tied_head_twice(models, tmp_path):
     assert sorted(load_delta(tmp_path / "d").manifest.tensors) == TRAINED
     assert json.loads((both / "config.json").read_text())["tie_word_embeddings"] is True
     assert ffn() in TRAINED
+
+
+def test_extract_replaces_nothing_but_a_delta(models, tmp_path):
+    expect_error(extract, models / "base", models / "rsft", tmp_path, match=f"^{tmp_path}: exists and is no knowledge")
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(models / "rsft" / name, tmp_path)
+        before = (tmp_path / name).read_bytes()
+        message = f"^{tmp_path / name}: exists and is no knowledge delta; remove it or give another place"
+        expect_error(extract, models / "base", models / "rsft", tmp_path / name, match=message, out=tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+    shutil.copy(models / "other.delta", tmp_path / "d")
+    extract(models / "base", models / "rsft", tmp_path / "d")
+    assert load_delta(tmp_path / "d").manifest.tensors == load_delta(models / "rsft.delta").manifest.tensors

@@ -12,6 +12,7 @@ from conftest import run_command
 from test_mergekit import LAYER, edit, expect, ffn, load, models, recipe, refuses, run_merge, save, shard  # noqa: F401
 from tiny import make_tiny_model
 
+from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.hosts import mergekit_stream
 
 
@@ -199,7 +200,7 @@ def test_a_full_disk_leaves_nothing(models, tmp_path, streamed):  # noqa: F811
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(MM4KEError, match="^.*/out: can't be written: File too large; give another place"):
             run_merge(recipe(models), tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

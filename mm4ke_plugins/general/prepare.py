@@ -8,14 +8,15 @@ LogiQA are `mm4ke_squadv2` and `mm4ke_logiqa`, as in the package.
 
 import importlib.util
 import json
-import os
-import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import MM4KEError
+from ..files import alone_in, refused_in_one_line, written_aside
 from .sources import BENCHMARKS, SUFFIXES, Table, UnknownFile, read_source
 
+MADE_BY = "Made by `mm4ke prepare-data` from:"
 OWN_TASKS = Path(__file__).parent / "tasks"
 
 
@@ -83,20 +84,22 @@ def write_benchmarks(tables: list[Table], output: Path) -> None:
     by_benchmark: dict[str, list[Table]] = {}
     for table in tables:
         by_benchmark.setdefault(table.benchmark, []).append(table)
-    temporary = {name: output / f".{name}.{os.getpid()}" for name in by_benchmark}
-    try:
+    for name in by_benchmark:
+        if (output / name).exists() and not _is_earlier(output / name):
+            raise MM4KEError(f"{output / name}: exists and was not made by this command; give another --output")
+    with refused_in_one_line(output, "give a folder that can be written to"), alone_in(output), ExitStack() as stack:
+        folders = {name: stack.enter_context(written_aside(output / name)) for name in by_benchmark}
         for name, parts in by_benchmark.items():
-            _write_tables(parts, temporary[name])
+            _write_tables(parts, folders[name])
             for file, text in _task_files(name, parts, output / name, lm_eval_tasks).items():
-                (temporary[name] / file).write_text(text, encoding="utf-8")
-        for name, folder in temporary.items():
-            shutil.rmtree(output / name, ignore_errors=True)
-            os.replace(folder, output / name)
-    except OSError as error:
-        raise MM4KEError(f"{output}: {error.strerror}; give a folder that can be written to") from error
-    finally:
-        for folder in temporary.values():
-            shutil.rmtree(folder, ignore_errors=True)
+                (folders[name] / file).write_text(text, encoding="utf-8")
+
+
+def _is_earlier(folder: Path) -> bool:
+    try:
+        return MADE_BY in (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return folder.is_dir() and not any(folder.iterdir())
 
 
 def _write_tables(tables: list[Table], folder: Path) -> None:
@@ -113,7 +116,7 @@ def _write_tables(tables: list[Table], folder: Path) -> None:
         configs.setdefault(table.config, []).append(line)
     head = "".join(f"- config_name: {name}\n  data_files:\n{''.join(lines)}" for name, lines in configs.items())
     sources = "".join(f"- {table.source}\n" for table in tables)
-    text = f"---\nconfigs:\n{head}---\nMade by `mm4ke prepare-data` from:\n\n{sources}"
+    text = f"---\nconfigs:\n{head}---\n{MADE_BY}\n\n{sources}"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -32,7 +32,7 @@ from pydantic import Field
 
 from ..delta import merge
 from ..errors import MM4KEError, report_in_one_line
-from ..files import written_aside
+from ..files import refused_in_one_line, written_aside
 from . import MERGEKIT
 
 # Weights beyond 1 (more than the training did) and below 0 (forgetting) are known practice; 80 is a percentage.
@@ -131,7 +131,7 @@ def replace_run_merge(module) -> None:
         check_output(out_path, merge_config)
         with deltas_as_models(merge_config, options) as (config, names):
             check_models(config, options)
-            with written_aside(Path(out_path).resolve()) as folder, own_parts():
+            with refused_in_one_line(Path(out_path)), written_aside(Path(out_path).resolve()) as folder, own_parts():
                 run_merge(round_at_the_end(config), str(folder), options, config_source)
                 card = folder / "README.md"
                 for path, name in names.items() if card.is_file() else ():

@@ -8,7 +8,6 @@ tensors in the base's own files.
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,6 +23,7 @@ from mergekit.options import MergeOptions
 from ..checkpoint import INDEX, NewTensor, open_safetensors, write_tensors
 from ..delta_merging import check_base
 from ..errors import MM4KEError
+from ..files import scratch_folder
 from ..knowledge_delta import KnowledgeDelta, load_delta
 
 EDITED = "edited.safetensors"
@@ -46,7 +46,7 @@ def deltas_as_models(
     if config.base_model is None:
         raise MM4KEError("base_model: missing; give the model that the knowledge delta was taken from")
     LoaderCache().setup(options)
-    with tempfile.TemporaryDirectory(prefix="mm4ke-") as aside:
+    with scratch_folder() as aside:
         folders = {}
         for number, (name, path) in enumerate(deltas.items()):
             folders[name] = str(Path(aside, str(number), path.name))

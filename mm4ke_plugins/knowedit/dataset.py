@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from ..errors import MM4KEError
-from ..files import replace_text
+from ..files import alone_in, refused_in_one_line, replace_text
 from .records import Record
 
 # Punctuation that does not make another question of a question. Symbols stay: C, C# and C++ are not the same.
@@ -94,22 +94,20 @@ def write_dataset(records: list[Record], folder: Path, name: str = "facts") -> P
         raise MM4KEError(f"--name: {name!r} cannot name a data set; use letters, digits, - and _")
     info_path, facts_path = folder / "dataset_info.json", folder / f"{name}.json"
     entry = {"file_name": facts_path.name, "columns": {"prompt": "instruction", "response": "output"}}
-    info = _read_info(info_path)
-    # Without this check, `--output recipes` would replace recipes/facts.json, the source, by what came out of it.
-    if info.get(name, entry) != entry or (facts_path.exists() and name not in info):
-        raise MM4KEError(
-            f"{facts_path}: not replaced, because mm4ke did not write it; choose another --name or --output"
-        )
     facts = [{"instruction": record.prompt, "output": record.target_new} for record in records]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    # Another run may register a data set of another name: neither entry may be lost.
+    with refused_in_one_line(folder, "give a folder that can be written with --output"), alone_in(folder):
+        info = _read_info(info_path)
+        # Without this check, `--output recipes` would replace recipes/facts.json, the source, by what came out of it.
+        if info.get(name, entry) != entry or (facts_path.exists() and name not in info):
+            raise MM4KEError(
+                f"{facts_path}: not replaced, because mm4ke did not write it; choose another --name or --output"
+            )
         # A JSON list, not JSONL: the datasets library reads "2019-05-01" in a JSONL column of dates as a
         # datetime, and LLaMA-Factory drops answers that are not strings.
         # dataset_info.json is in ASCII because LLaMA-Factory opens it in the locale's encoding.
         replace_text(info_path, json.dumps(info | {name: entry}, indent=2) + "\n")
         replace_text(facts_path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise MM4KEError(f"{folder}: {error.strerror}; give a folder that can be written with --output") from None
     return facts_path
 
 

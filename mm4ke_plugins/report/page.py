@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from .. import __version__
-from ..files import replace_text
+from ..files import alone_in, refused_in_one_line, replace_text
 from . import figures
 from .runs import Column, read_columns
 from .statistics import Difference
@@ -56,13 +56,13 @@ def report(runs: list[str], output: Path) -> tuple[list[Path], list[str]]:
         lstrip_blocks=True,
     )
     templates.filters |= {"signed": signed, "cell": markdown, "plain": plain}
-    output.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name in ("report.html", "report.md"):
-        text = templates.get_template(f"{name}.j2").render(content)
-        replace_text(output / name, text.rstrip() + "\n")
-        files.append(output / name)
-    return files, content["warnings"]
+    texts = {
+        output / name: templates.get_template(f"{name}.j2").render(content) for name in ("report.html", "report.md")
+    }
+    with refused_in_one_line(output), alone_in(output):
+        for file, text in texts.items():
+            replace_text(file, text.rstrip() + "\n")
+    return list(texts), content["warnings"]
 
 
 def contents(columns: list[Column]) -> dict[str, Any]:
