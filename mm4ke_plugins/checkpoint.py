@@ -11,7 +11,7 @@ import errno
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -197,13 +197,15 @@ def rewrite(
     target: Path,
     replacements: Mapping[str, Callable[[], torch.Tensor]],
     dtypes: Mapping[str, torch.dtype] | None = None,
+    without: Collection[str] = (),
 ) -> None:
     """Write to `target` a safetensors file like `source` in which some tensors are replaced.
 
     replacements: what makes each new tensor, by name. The next is made while one is written
     dtypes:       of those new tensors that are not of the old one's dtype
+    without:      names of tensors to leave out
 
-    Where no dtype changes, every other byte is the source's, those of the header included. `target` may be `source`.
+    Where no dtype changes and nothing is left out, every other byte is the source's, those of the header included. `target` may be `source`.
 
     Raises what `write_tensors` raises, and MM4KEError for an unreadable source and for a name that is not in it.
     """
@@ -214,8 +216,9 @@ def rewrite(
             raise MM4KEError(f"{source}: {name}: no such tensor in this file, so it can't be replaced")
         old = tensors[name]
         new[name] = NewTensor((dtypes or {}).get(name, old.dtype), old.shape, make)
-    if any(new[name].dtype != tensors[name].dtype for name in new):
-        write_tensors(target, tensors | new, metadata)
+    if without or any(new[name].dtype != tensors[name].dtype for name in new):
+        kept = {name: tensor for name, tensor in (tensors | new).items() if name not in without}
+        write_tensors(target, kept, metadata)
     else:
         with open(source, "rb") as file:
             header = file.read(min((tensor.offset for tensor in tensors.values()), default=-1))

@@ -37,6 +37,7 @@ from .knowedit.metrics import (
     questions_of,
 )
 from .knowedit.records import read_records
+from .model_names import model_names
 
 TITLES = {"base": "base", "rsft": "R-SFT", "merged": "merged"}
 FORMAT_TITLES = {"raw": "raw prompts", "chat": "chat template"}
@@ -156,20 +157,24 @@ def disk_change(base: Path, folder: Path) -> dict[str, Any]:
     Returns tensors and parameters (how many there are), changed_tensors (their names), changed_parameters (how
     many entries differ), bytes (of all files in the folder itself; those of sub-folders, such as a training's
     checkpoints, are not counted). An entry differs when the base's value, cast to the folder's dtype, is another.
-    A tensor that the base lacks counts as changed.
+    A tensor that the base lacks counts as changed. Tensors count by what they are to the model: an output head that is
+    tied to the embedding is no other tensor, whether it is stored or not, and one that is no longer tied is.
 
     Raises MM4KEError, naming the file or the tensor, for unreadable files and for other shapes than the base's.
     """
     with ExitStack() as stack:
         before, after = open_tensors(base, stack), open_tensors(folder, stack)
-        parameters, changed = 0, {}
-        for name, file in after.items():
-            tensor = file.get_tensor(name)
-            parameters += tensor.numel()
-            if name not in before:
+        names, others = model_names(base), model_names(folder)
+        count_of, changed = {}, {}
+        for name, stored in others.stored.items():
+            if name in others.tied and (names.tied_to(name) or name not in names.stored):
+                continue
+            tensor = after[stored].get_tensor(stored)
+            count_of[name] = tensor.numel()
+            if name not in names.stored:
                 changed[name] = tensor.numel()
                 continue
-            original = before[name].get_tensor(name)
+            original = before[names.stored[name]].get_tensor(names.stored[name])
             if original.shape != tensor.shape:
                 raise MM4KEError(
                     f"{folder}: {name} is {_shape(tensor)}, in {base} it is {_shape(original)}; "
@@ -178,8 +183,8 @@ def disk_change(base: Path, folder: Path) -> dict[str, Any]:
             if count := int((original.to(tensor.dtype) != tensor).sum()):
                 changed[name] = count
     return {
-        "tensors": len(after),
-        "parameters": parameters,
+        "tensors": len(count_of),
+        "parameters": sum(count_of.values()),
         "changed_tensors": sorted(changed),
         "changed_parameters": sum(changed.values()),
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),

@@ -6,10 +6,13 @@ file by the kernel. It is written aside and renamed when it is complete.
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from errno import EEXIST, ENOTDIR, ENOTEMPTY
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,13 +26,32 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from .checkpoint import equal_and_finite, open_safetensors, open_tensors, rewrite, stored_tensors, tensor_files
+from .checkpoint import (
+    INDEX,
+    NewTensor,
+    StoredTensor,
+    equal_and_finite,
+    open_safetensors,
+    open_tensors,
+    rewrite,
+    stored_tensors,
+    tensor_files,
+    write_tensors,
+)
 from .delta_encoding import DTYPES, in_threads, shape_text, tensor_sha256
-from .delta_manifest import MAGNITUDES, Manifest, choose
+from .delta_manifest import MAGNITUDES, Manifest, UntiedHead, choose
 from .delta_merging import check_alike, check_base, merged_tensor
 from .errors import MM4KEError, first_line
 from .files import refused_in_one_line, written_aside
 from .knowledge_delta import MANIFEST_KEY, KnowledgeDelta, load_delta, save_delta
+from .model_names import ModelNames, model_names, read_config, tied_as_before, ties_in, untied
+
+# Part of the name of a tensor that belongs to a layer.
+LAYER = re.compile(r"(^|\.)\d+\.")
+
+# An output head that a base ties and an edit unties, and beside it what was model.safetensors.
+HEAD_FILE, TIED_FILE = "model-untied-head.safetensors", "model-tied.safetensors"
+WEIGHT_MAP = re.compile(r'"weight_map"\s*:\s*\{')
 
 # Other forms of a model's weights. Beside new weights they would be the old model.
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
@@ -39,22 +61,26 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 
 class Tensors(Mapping):
-    """The tensors of a model folder by name, each read when it is asked for."""
+    """The tensors of a model folder by name, each read when it is asked for.
 
-    def __init__(self, folder: Path, stack: ExitStack):
+    names: those in the files by the ones that are used here; none: the same
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack, names: Mapping[str, str] | None = None):
         self.files = open_tensors(folder, stack)
+        self.names = names or {name: name for name in self.files}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.files[name].get_tensor(name)
+        return self.files[self.names[name]].get_tensor(self.names[name])
 
     def __contains__(self, name: object) -> bool:
-        return name in self.files
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
 
 def extract(
@@ -76,24 +102,67 @@ def extract(
     _check_replaceable(output)
     settings = _read_recipe(recipe) if recipe else None
     architecture = _architecture(base)
+    tensor_files(base), tensor_files(edited)  # what is wrong with the files is to be said first
+    if (other := _architecture(edited)) != architecture:
+        raise MM4KEError(f"{edited}: is a {other}, {base} a {architecture}; give a model made from this base")
+    pairs, head = _pairs(base, edited)
     with ExitStack() as stack:
-        before, after = Tensors(base, stack), Tensors(edited, stack)
-        if (other := _architecture(edited)) != architecture:
-            raise MM4KEError(f"{edited}: is a {other}, {base} a {architecture}; give a model made from this base")
-        missing = sorted(before.keys() - after.keys())
-        # Where the output head is the embedding, one of the two models may have stored it twice.
-        if missing and not _config(base).get("tie_word_embeddings"):
-            raise MM4KEError(f"{edited}: {missing[0]} is missing; copy or save the model again")
         return save_delta(
             output,
-            before,
-            {name: after[name] for name in _differing(base, edited)},
+            Tensors(base, stack, {name: before for name, (before, _) in pairs.items()}),
+            Tensors(edited, stack, {name: after for name, (_, after) in pairs.items()}),
             weight=weight,
             density=density,
             architecture=architecture,
             recipe=settings,
+            untied_head=head,
             titles=(str(base), str(edited)),
         )
+
+
+def _pairs(base: Path, edited: Path) -> tuple[dict[str, tuple[str, str]], UntiedHead | None]:
+    """The tensors that may differ, by their names in a delta, which are the base's: what the files of both call them.
+
+    And the one that the base ties to another and the edited model does not, if it is so.
+    """
+    before, after = _stored(base), _stored(edited)
+
+    @cache
+    def differs(name: str, other: str) -> bool:
+        return not equal_and_finite(before[name], [after[other]])
+
+    configs = [_text(folder / "config.json") for folder in (base, edited)]
+    if before.keys() == after.keys() and ties_in(configs[0]) == ties_in(configs[1]):
+        bar = tqdm(after, desc="comparing", unit=" tensors", leave=False)
+        changed = {name: (name, name) for name in bar if differs(name, name)}
+        # In the layers nothing is tied, and all else is the same.
+        if all(LAYER.search(name) for name in changed):
+            return changed, None
+    names, others = model_names(base), model_names(edited)
+    if unknown := sorted(others.stored.keys() - names.stored.keys()):
+        raise MM4KEError(
+            f"{edited}: {others.stored[unknown[0]]}: not in {base}; give a model that was made from this base"
+        )
+    pairs, head = {}, None
+    for name, stored in names.stored.items():
+        if name not in others.stored:
+            if name in names.needed or not (names.needed or read_config(base).get("tie_word_embeddings")):
+                raise MM4KEError(f"{edited}: {stored} is missing; copy or save the model again")
+            continue
+        partner, is_stored = names.tied.get(name), names.is_stored(name)
+        place = stored if is_stored else name
+        if unties := partner is not None and not others.same(name, partner):
+            head = UntiedHead(name=place, embedding=names.stored[partner], stored=is_stored, ties=ties_in(configs[0]))
+        if is_stored or unties:
+            pairs[place] = stored, others.stored[name]
+    return {place: pair for place, pair in pairs.items() if differs(*pair)}, head
+
+
+def _stored(folder: Path) -> dict[str, StoredTensor]:
+    files, stored = tensor_files(folder), {}
+    for file in set(files.values()):
+        stored |= {name: tensor for name, tensor in stored_tensors(file)[0].items() if files.get(name) == file}
+    return stored
 
 
 def _check_replaceable(output: Path) -> None:
@@ -106,21 +175,6 @@ def _check_replaceable(output: Path) -> None:
     raise MM4KEError(f"{output}: exists and is no knowledge delta; remove it or give another place")
 
 
-def _differing(base: Path, edited: Path) -> list[str]:
-    """The tensors of `edited` that may be others in `base`: those that are not the same bytes."""
-    folders = [{}, {}]
-    for folder, stored in zip((base, edited), folders, strict=True):
-        files = tensor_files(folder)
-        for file in set(files.values()):
-            stored |= {name: tensor for name, tensor in stored_tensors(file)[0].items() if files.get(name) == file}
-    before, after = folders
-    return [
-        name
-        for name, tensor in tqdm(after.items(), desc="comparing", unit=" tensors", leave=False)
-        if name not in before or not equal_and_finite(before[name], [tensor])
-    ]
-
-
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -131,19 +185,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MM4KEError(f"{path}: {first_line(error)}; give a model folder as transformers saves it") from None
-    if not isinstance(config, dict):
-        raise MM4KEError(f"{path}: no settings in it; give a model folder as transformers saves it")
-    return config
-
-
 def _architecture(folder: Path) -> str:
-    names = _config(folder).get("architectures")
+    names = read_config(folder).get("architectures")
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
@@ -173,28 +216,79 @@ def apply(
         choose(_of(weights, place, found, "--weight"), _of(densities, place, found, "--density"), delta.manifest)
         for place, delta in enumerate(found)
     ]
-    names = {name for delta in found for name in delta.manifest.tensors}
     for delta in found:
         _check_architecture(delta, base)
+    names = _names(base, found)
+    places = [_places(delta, names, base) for delta in found]
+    own = {place[head.name]: head for place, delta in zip(places, found) if (head := delta.manifest.untied_head)}
+    changed = {name for place in places for name in place.values()} | own.keys()
+    changed |= {other for name in changed - own.keys() if (other := names.tied_to(name)) and other not in own}
     with ExitStack() as stack:
-        tensors = Tensors(base, stack)
-        if missing := sorted(names - tensors.keys()):
-            raise MM4KEError(f"{base}: {missing[0]} is missing; give the base that the delta was taken from")
-        in_threads(lambda name: check_base(found, name, tensors[name], str(base)), sorted(names))
+        tensors = Tensors(base, stack, names.stored)
+
+        def used(name: str) -> list[tuple[int, str]]:
+            """The deltas that change a tensor of the model, and its name in each: if it is tied, maybe the other's."""
+            ways: list[tuple[int, str]] = []
+            for number, (delta, place) in enumerate(zip(found, places)):
+                head = delta.manifest.untied_head
+                tied = () if head and place[head.name] in (name, names.tied_to(name)) else (names.tied_to(name),)
+                ways += [
+                    (number, way) for one in (name, *tied) for way in delta.manifest.tensors if place[way] == one
+                ][:1]
+            return ways
+
+        def check(name: str) -> None:
+            for number, way in used(name):
+                check_base([found[number]], way, tensors[name], str(base))
 
         def make(name: str) -> torch.Tensor:
-            tensor = tensors[name]
-            used = [place for place, delta in enumerate(found) if name in delta.manifest.tensors]
+            tensor, ways = tensors[name], used(name)
+            if not ways:
+                return tensor
             return merged_tensor(
-                name,
+                names.stored[name],
                 tensor,
-                [found[place].edited(name, tensor) for place in used],
-                [choices[place] for place in used],
-                [str(found[place].path) for place in used],
-                [found[place].manifest.applied is not None for place in used],
+                [found[number].edited(way, tensor) for number, way in ways],
+                [choices[number] for number, _ in ways],
+                [str(found[number].path) for number, _ in ways],
+                [found[number].manifest.applied is not None for number, _ in ways],
             )
 
-        _write_model(base, output, {name: lambda name=name: make(name) for name in names}, {}, link)
+        in_threads(check, sorted(changed))
+        makers = {name: partial(make, name) for name in changed}
+        added = {}
+        for name, head in own.items():
+            if not names.is_stored(name):
+                tensor = tensors[name]
+                added[head.name] = NewTensor(tensor.dtype, tuple(tensor.shape), makers[name])
+        replaced = {names.stored[name]: makers[name] for name in changed if names.is_stored(name)}
+        _write_model(base, output, replaced, {}, link, _untying(base, added) if own else KeptFiles(), added)
+
+
+def _names(folder: Path, deltas: Sequence[KnowledgeDelta]) -> ModelNames:
+    """The names of a folder's tensors; where the deltas' are those in the files and in layers, without transformers."""
+    files = tensor_files(folder)
+    if all(name in files and LAYER.search(name) for delta in deltas for name in delta.manifest.tensors) and not any(
+        delta.manifest.untied_head for delta in deltas
+    ):
+        return ModelNames(folder, {name: name for name in files}, {}, (), "")
+    return model_names(folder)
+
+
+def _places(delta: KnowledgeDelta, names: ModelNames, folder: Path) -> dict[str, str]:
+    """The model's name of each tensor of a delta, its untied head included."""
+    head = delta.manifest.untied_head
+    places = {}
+    for name in (*delta.manifest.tensors, *([head.name] if head else [])):
+        if (place := names.find(name)) is None:
+            raise MM4KEError(f"{folder}: {name} is missing; give the base that the delta was taken from")
+        places[name] = place
+    if head and names.tied_to(places[head.name]) is None:
+        raise MM4KEError(
+            f"{folder}: {head.name} is not tied to {head.embedding}, as in the base that {delta.path} was taken from; "
+            "give that base"
+        )
+    return places
 
 
 def _of(values: Sequence[float], place: int, deltas: Sequence[KnowledgeDelta], option: str) -> float | None:
@@ -222,12 +316,18 @@ def revert(model: Path, delta: Path, output: Path, link: bool = False) -> None:
     """
     found = load_delta(delta)
     _check_architecture(found, model)
-    infos = found.manifest.tensors
+    infos, head = found.manifest.tensors, found.manifest.untied_head
+    names = _names(model, [found])
+    places = {}
+    for name in (*infos, *([head.name] if head else [])):
+        if (place := names.find(name)) is None:
+            raise MM4KEError(f"{model}: {name} is missing; give the model to which the delta was applied")
+        places[name] = place
     with ExitStack() as stack:
-        tensors = Tensors(model, stack)
+        tensors = Tensors(model, stack, names.stored)
 
         def make(name: str) -> torch.Tensor:
-            restored = found.base(name, tensors[name])
+            restored = found.base(name, tensors[places[name]])
             if tensor_sha256(restored) != infos[name].base_sha256:
                 raise MM4KEError(
                     f"{model}: {name}: without {delta} it is not the base's; give the model to which this delta, "
@@ -235,17 +335,81 @@ def revert(model: Path, delta: Path, output: Path, link: bool = False) -> None:
                 )
             return restored
 
+        makers, dtypes = {}, {}
         for name, info in infos.items():
-            if name not in tensors:
-                raise MM4KEError(f"{model}: {name} is missing; give the model to which the delta was applied")
-            part = tensors.files[name].get_slice(name)
+            part = tensors.files[names.stored[places[name]]].get_slice(names.stored[places[name]])
             if part.get_shape() != info.shape:
                 raise MM4KEError(
                     f"{model}: {name} is {shape_text(part.get_shape())}, in {delta} {shape_text(info.shape)}; "
                     "give the model to which the delta was applied"
                 )
-        dtypes = {name: DTYPES[info.base_dtype] for name, info in infos.items()}
-        _write_model(model, output, {name: lambda name=name: make(name) for name in infos}, dtypes, link)
+            # A tied tensor that is stored twice is restored twice.
+            tied = None if head and head.name in (name, head.embedding) else names.tied_to(places[name])
+            for place in filter(None, (places[name], tied)):
+                if names.is_stored(place):
+                    makers.setdefault(names.stored[place], partial(make, name))
+                    dtypes[names.stored[place]] = DTYPES[info.base_dtype]
+        files = _tying_again(model, head, names.stored[places[head.name]]) if head else KeptFiles()
+        if head and not head.stored and head.name in infos:
+            make(head.name)  # it goes; whether it was the right one shows here
+        _write_model(model, output, makers, dtypes, link, files)
+
+
+@dataclass(frozen=True)
+class KeptFiles:
+    """What a copy of a model folder has otherwise than its source.
+
+    texts:   of files, by their names; None where it has none
+    names:   of files of weights, by those in the source
+    without: tensors that it does not have
+    """
+
+    texts: Mapping[str, str | None] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    without: Collection[str] = ()
+
+
+def _untying(base: Path, added: Collection[str]) -> KeptFiles:
+    """The files of a base that unties: the new tensors are in a file of their own, so that all can be undone."""
+    texts = {"config.json": untied(_text(base / "config.json"))}
+    if not added:
+        return KeptFiles(texts)
+    entries = "".join(_index_entry(name) for name in added)
+    if (base / INDEX).is_file():
+        index = _text(base / INDEX)
+        return KeptFiles(texts | {INDEX: WEIGHT_MAP.sub(lambda found: found[0] + entries, index, count=1)})
+    weight_map = dict.fromkeys(tensor_files(base), TIED_FILE) | dict.fromkeys(added, HEAD_FILE)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n"
+    return KeptFiles(texts | {INDEX: index}, {"model.safetensors": TIED_FILE})
+
+
+def _tying_again(model: Path, head: UntiedHead, stored: str) -> KeptFiles:
+    """The files of the base, from those of a model that unties."""
+    config = _text(model / "config.json")
+    texts: dict[str, str | None] = {"config.json": tied_as_before(config, head.ties)}
+    files = tensor_files(model)
+    if head.stored or stored not in files:
+        return KeptFiles(texts)
+    if (model / INDEX).is_file():
+        index = _text(model / INDEX)
+        if TIED_FILE in {file.name for file in files.values()}:
+            return KeptFiles(texts | {INDEX: None}, {TIED_FILE: "model.safetensors"}, [stored])
+        if (entry := _index_entry(stored)) in index:
+            texts[INDEX] = index.replace(entry, "", 1)
+        else:
+            content = json.loads(index)
+            del content["weight_map"][stored]
+            texts[INDEX] = json.dumps(content, indent=2) + "\n"
+    return KeptFiles(texts, without=[stored])
+
+
+def _text(path: Path) -> str:
+    """A file's text with its line ends as they are."""
+    return path.read_bytes().decode("utf-8")
+
+
+def _index_entry(name: str) -> str:
+    return f"\n    {json.dumps(name)}: {json.dumps(HEAD_FILE)},"
 
 
 def _write_model(
@@ -254,34 +418,39 @@ def _write_model(
     replacements: Mapping[str, Callable[[], torch.Tensor]],
     dtypes: Mapping[str, torch.dtype],
     link: bool,
+    files: KeptFiles,
+    added: Mapping[str, NewTensor] | None = None,
 ) -> None:
-    """A copy of a model folder's own files, with these tensors replaced."""
+    """A copy of a model folder's own files, with these tensors replaced, and those that are added in another file."""
     names_in: dict[Path, list[str]] = {}
     for name, file in tensor_files(source).items():
-        names_in.setdefault(file, [])
-        if name in replacements:
-            names_in[file].append(name)
+        names_in.setdefault(file, []).append(name)
     others = [path for path in sorted(source.iterdir()) if path.is_file() and path.suffix not in WEIGHTS]
     size = sum(path.stat().st_size for path in names_in)
     bar = tqdm(total=size, unit="B", unit_scale=True, leave=False)
     with refused_in_one_line(output), new_folder(output) as folder, bar:
         # Files with new tensors first: what is wrong with these shows before the long copies.
-        for file, names in sorted(names_in.items(), key=lambda item: not item[1]):
-            target = folder / file.name
-            if names:
-                rewrite(
-                    file,
-                    target,
-                    {name: replacements[name] for name in names},
-                    {name: dtypes[name] for name in names if name in dtypes},
-                )
+        for file, names in sorted(names_in.items(), key=lambda item: replacements.keys().isdisjoint(item[1])):
+            target = folder / files.names.get(file.name, file.name)
+            new = {name: replacements[name] for name in names if name in replacements and name not in files.without}
+            without = [name for name in names if name in files.without]
+            if len(without) == len(names):
+                pass
+            elif new or without:
+                rewrite(file, target, new, {name: dtypes[name] for name in new if name in dtypes}, without)
             elif link:
                 os.link(file.resolve(), target)
             else:
                 shutil.copyfile(file, target)
             bar.update(file.stat().st_size)
+        if added:
+            write_tensors(folder / HEAD_FILE, added, {"format": "pt"})
         for path in others:
-            shutil.copyfile(path, folder / path.name)
+            if path.name not in files.texts:
+                shutil.copyfile(path, folder / path.name)
+        for name, text in files.texts.items():
+            if text is not None:
+                (folder / name).write_bytes(text.encode())
 
 
 @contextmanager

@@ -74,6 +74,21 @@ class Applied(Strict):
     density: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
+class UntiedHead(Strict):
+    """What an edit made of a base that ties two tensors, when they became two.
+
+    name:      the one of the delta that is its own now, as a rule the output head; its `base_sha256` is the tied one's
+    embedding: the base's tensor that it was tied to
+    stored:    whether the base's files have it all the same
+    ties:      what the base's config.json says of tying, at every place where it does
+    """
+
+    name: Name
+    embedding: Name
+    stored: bool
+    ties: Annotated[list[bool], Field(max_length=8)]
+
+
 class Manifest(Strict):
     """What is known of a delta besides its numbers.
 
@@ -81,6 +96,7 @@ class Manifest(Strict):
     applied:      None in an unfinished delta
     recipe:       the settings that it was trained with; facts: how many it was trained on. Both None if not known
     created:      ISO 8601, in UTC
+    untied_head:  None unless the edit unties what the base ties
     """
 
     format: Literal[1] = 1
@@ -90,6 +106,7 @@ class Manifest(Strict):
     applied: Applied | None
     recipe: dict[Name, Scalar | list[Scalar]] | None = None
     facts: Annotated[int, Field(ge=0)] | None = None
+    untied_head: UntiedHead | None = None
     tensors: Annotated[dict[Name, TensorInfo], Field(min_length=1)]
 
 

@@ -24,6 +24,7 @@ from .fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB, Visitor
 from .knowedit.metrics import Encoded, Question, encode
 from .layers import ffn_parameter_names
 from .lookahead import Lookahead
+from .model_names import model_names
 from .rsft import EpochBooks, LossNotFinite
 
 MAX_GRAD_NORM = 1.0
@@ -222,27 +223,35 @@ def changed_tensors(model: PreTrainedModel, folder: Path) -> dict[str, torch.Ten
     """The tensors of a checkpoint that differ from the model's, by name, on the CPU and in the checkpoint's dtypes.
 
     A tensor differs when the model's, cast to the checkpoint's dtype, holds other numbers. One is in memory at a time,
-    beside those that differ.
+    beside those that differ. Of tensors that the model ties, one is returned.
 
     Raises MM4KEError, naming the folder and the tensor: no such folder, an unreadable file, a tensor that only one of
-    the two has, another shape.
+    the two has, another shape, two that the model ties and the checkpoint doesn't.
     """
     if not folder.is_dir():
         raise MM4KEError(f"{folder}: no such folder; give the folder of a merged model, or a knowledge delta")
     state = model.state_dict()
     changed = {}
     with ExitStack() as stack:
-        files = open_tensors(folder, stack)
-        # Of tied tensors a checkpoint has only the first, as named_parameters does.
-        if missing := [name for name, _ in model.named_parameters() if name not in files]:
+        files, names = open_tensors(folder, stack), model_names(folder)
+        if missing := [name for name, _ in model.named_parameters() if name not in names.stored]:
             raise MM4KEError(f"{folder}: {missing[0]} is missing; give a merged model that was made from this model")
-        for name, file in files.items():
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        firsts: dict[int, str] = {}
+        for name, stored in names.stored.items():
             if name not in state:
                 raise MM4KEError(
                     f"{folder}: {name} is unknown to {type(model).__name__}; "
                     "give a merged model that was made from this model"
                 )
-            tensor, current = file.get_tensor(name), state[name].cpu()
+            first = firsts.setdefault(id(parameters.get(name, name)), name)
+            if first != name:
+                if not names.same(first, name):
+                    raise MM4KEError(
+                        f"{folder}: unties {name} from {first}, which the model ties; give a merged model that ties them"
+                    )
+                continue
+            tensor, current = files[stored].get_tensor(stored), state[name].cpu()
             if tensor.shape != current.shape:
                 raise MM4KEError(
                     f"{folder}: {name} is {tuple(tensor.shape)}, in the model it is {tuple(current.shape)}; "

@@ -62,7 +62,7 @@ from .delta_encoding import (
     to_gaps,
     unpack_bits,
 )
-from .delta_manifest import MAGNITUDES, Applied, Manifest, TensorInfo, choose, line, setting
+from .delta_manifest import MAGNITUDES, Applied, Manifest, TensorInfo, UntiedHead, choose, line, setting
 from .errors import MM4KEError, first_line
 from .files import refused_in_one_line
 
@@ -86,6 +86,7 @@ def save_delta(
     architecture: str = "",
     recipe: Mapping[str, Any] | None = None,
     facts: int | None = None,
+    untied_head: UntiedHead | None = None,
     titles: tuple[str, str] = ("base", "edited"),
 ) -> Manifest:
     """Write what differs between two sets of tensors as a knowledge delta.
@@ -95,7 +96,7 @@ def save_delta(
                      memory at a time beside the file's content
     weight, density: make a finished delta, of `delta.merge` (the other of the two is then 0.8 by default); 1 and 1
                      keep the edited numbers as they are, cast to the base's dtype. Neither: an unfinished delta
-    architecture, recipe, facts: see `Manifest`
+    architecture, recipe, facts, untied_head: see `Manifest`
     titles:          what an error calls the two models, such as their folders
 
     The file appears, or is replaced, when it is complete.
@@ -137,9 +138,11 @@ def save_delta(
         applied=applied,
         recipe=None if recipe is None else {str(key): setting(value) for key, value in recipe.items()},
         facts=facts,
+        untied_head=untied_head,
         tensors=infos,
     )
-    text = manifest.model_dump_json()
+    # Earlier versions don't know this key, and read all files that don't need it.
+    text = manifest.model_dump_json(exclude=None if untied_head else {"untied_head"})
     metadata = {MANIFEST_KEY: text, SHA256_KEY: _file_sha256(text, arrays)}
     new = {
         name: NewTensor(array.dtype, tuple(array.shape), lambda array=array: array) for name, array in arrays.items()

@@ -12,7 +12,7 @@ To try many weights and densities, decode the delta once:
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .delta_manifest import choose
 from .delta_merging import check_base, merged_tensor
 from .errors import MM4KEError
 from .knowledge_delta import KnowledgeDelta, load_delta
+from .model_names import name_in
 
 # The deltas that are on a model, the first put on first.
 on_models: weakref.WeakKeyDictionary[torch.nn.Module, list["LiveDelta"]] = weakref.WeakKeyDictionary()
@@ -67,7 +68,16 @@ class LiveDelta:
         self.model, self.delta = model, delta
         self.choices: dict[str, tuple[float, float]] = {}
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.parameters = {name: _usable(parameters, name, model, delta) for name in delta.manifest.tensors}
+        self.names = _model_names(parameters, model, delta)
+        self.parameters = {name: _usable(parameters, own, model) for name, own in self.names.items()}
+        if head := delta.manifest.untied_head:
+            prefix = getattr(model, "base_model_prefix", "")
+            one, other = (parameters.get(name_in(parameters, name, prefix)) for name in (head.name, head.embedding))
+            if one is other:
+                raise MM4KEError(
+                    f"{delta.path}: unties {head.name} from {head.embedding}, which the live {type(model).__name__} "
+                    "ties; load the folder that `mm4ke delta apply` makes"
+                )
         # What an outer delta has changed is here as the base had it.
         outer = {name: base for live in on_models.get(model, []) for name, base in live.base.items()}
         self.base = {name: outer.get(name, parameter.detach()) for name, parameter in self.parameters.items()}
@@ -143,7 +153,7 @@ class LiveDelta:
             on_models[self.model][-1].remove()
 
     def keep(self) -> dict[str, torch.Tensor]:
-        """Leave the delta on the model for good. Returns the delta's tensors as they were before it, by name.
+        """Leave the delta on the model for good. Returns the tensors as they were before it, by the model's names.
 
         Only the single delta on a model can stay: the numbers of several depend on all of them.
         """
@@ -153,7 +163,7 @@ class LiveDelta:
             )
         on_models[self.model].remove(self)
         before, self.before = self.before, None
-        return before
+        return {self.names[name]: tensor for name, tensor in before.items()}
 
     def _merged(self, name: str, choice: tuple[float, float], outer: list["LiveDelta"]) -> torch.Tensor:
         lives = [*(live for live in outer if name in live.edited), self]
@@ -172,15 +182,23 @@ class LiveDelta:
             self.parameters[name].copy_(tensor)
 
 
-def _usable(
-    parameters: Mapping[str, torch.nn.Parameter], name: str, model: torch.nn.Module, delta: KnowledgeDelta
-) -> torch.nn.Parameter:
+def _model_names(parameters: Collection[str], model: torch.nn.Module, delta: KnowledgeDelta) -> dict[str, str]:
+    """What the model calls each tensor of the delta, whose names may lack the model's prefix as its base's files do."""
+    names = {}
+    for name in delta.manifest.tensors:
+        found = name_in(parameters, name, getattr(model, "base_model_prefix", ""))
+        if found is None:
+            raise MM4KEError(
+                f"{delta.path}: {name} is not in the live {type(model).__name__}; "
+                "give the model that the delta was taken from"
+            )
+        names[name] = found
+    return names
+
+
+def _usable(parameters: Mapping[str, torch.nn.Parameter], name: str, model: torch.nn.Module) -> torch.nn.Parameter:
     """The parameter with this name, if it holds plain numbers."""
     owner = type(model).__name__
-    if name not in parameters:
-        raise MM4KEError(
-            f"{delta.path}: {name} is not in the live {owner}; give the model that the delta was taken from"
-        )
     parameter = parameters[name]
     if parameter.is_meta:
         raise MM4KEError(

@@ -32,6 +32,7 @@ from ..fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB, Visitor
 from ..knowledge_delta import save_delta
 from ..layers import ffn_parameter_names
 from ..lookahead import Lookahead
+from ..model_names import name_in
 from ..rsft import EpochBooks, LossNotFinite, Visit
 from . import LLAMAFACTORY
 from .llamafactory_recipe import check_recipe, recipe_name, with_rsft_keys, without_rsft_keys
@@ -153,30 +154,32 @@ def substitute_trainer(workflow) -> None:
             if _internal_call or self.finetuning_args.rsft_save_model:
                 super().save_model(output_dir, _internal_call)
             if self.finetuning_args.rsft_save_delta and not _internal_call:
-                base = {name: open_safetensors(file).get_tensor(name) for name, file in self._base_files().items()}
+                files, names = self._base_files()
+                base = {name: open_safetensors(file).get_tensor(name) for name, file in files.items()}
                 arguments = self.finetuning_args.to_dict() | self.args.to_dict()
                 path = Path(f"{Path(self.args.output_dir)}.delta.safetensors")
                 save_delta(
                     path,
                     base,
-                    {name: self.model.get_parameter(name) for name in base},
+                    {name: self.model.get_parameter(names[name]) for name in base},
                     architecture=type(self.model).__name__,
                     recipe={key: arguments[key] for key in DELTA_RECIPE_KEYS},
                     facts=len(self.train_dataset),
                 )
                 workflow.logger.info_rank0(f"R-SFT: the knowledge delta is in {path}")
 
-        def _base_files(self) -> dict[str, Path]:
-            """The file of the base that holds each trained tensor, in its own dtype."""
+        def _base_files(self) -> tuple[dict[str, Path], dict[str, str]]:
+            """The file of the base that holds each trained tensor, in its own dtype, and the model's name of each."""
             folder = Path(cached_file(self.model.config._name_or_path, "config.json")).parent
             files = tensor_files(folder)
-            names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-            if missing := [name for name in names if name not in files]:
+            trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+            names = {name_in(files, name, self.model.base_model_prefix): name for name in trained}
+            if None in names:
                 raise MM4KEError(
-                    f"{recipe_name()}: rsft_save_delta: true: {folder} has no tensor {missing[0]}; this model's files "
+                    f"{recipe_name()}: rsft_save_delta: true: {folder} has no tensor {names[None]}; this model's files "
                     "name their tensors in another way, use `mm4ke delta extract` after the training"
                 )
-            return {name: files[name] for name in names}
+            return {name: files[name] for name in names}, names
 
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             """Hand out the next batch, having fetched as many after it as the lookahead may want."""

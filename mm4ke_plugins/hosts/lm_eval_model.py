@@ -106,16 +106,26 @@ class MM4KELM(HFLM):
         self._reference_tensors = self._differing_tensors(reference)
 
     def _differing_tensors(self, reference: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The reference's parameters that are not the model's own, by name, on the model's device."""
-        own, others = dict(self._model.named_parameters()), dict(reference.named_parameters())
+        """The reference's parameters that are not the model's own, by name, on the model's device.
+
+        Two that the model ties and the reference does not are untied in the model.
+        """
+        own, others = (dict(model.named_parameters(remove_duplicate=False)) for model in (self._model, reference))
         if own.keys() != others.keys():
             name = min(own.keys() ^ others.keys())
             raise MM4KEError(
                 f"reference={self._reference_folder}: only one of the two models has {name}; "
                 "give the model that the other was made from"
             )
-        differing = {}
+        differing, firsts = {}, {}
         for name, parameter in own.items():
+            first = firsts.setdefault(id(parameter), name)
+            if first != name:
+                if torch.equal(others[name], others[first]):
+                    continue
+                parameter = torch.nn.Parameter(parameter.detach(), requires_grad=False)
+                module, _, attribute = name.rpartition(".")
+                setattr(self._model.get_submodule(module), attribute, parameter)
             other = others[name].detach()
             if other.shape != parameter.shape:
                 shapes = ["x".join(map(str, shape)) for shape in (other.shape, parameter.shape)]
