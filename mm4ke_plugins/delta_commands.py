@@ -40,14 +40,11 @@ from .checkpoint import (
 )
 from .delta_encoding import DTYPES, in_threads, shape_text, tensor_sha256
 from .delta_manifest import MAGNITUDES, Manifest, UntiedHead, choose
-from .delta_merging import check_alike, check_base, merged_tensor
+from .delta_merging import LAYER, check_alike, check_base, merged_tensor, names_for, places_of
 from .errors import MM4KEError, first_line
 from .files import refused_in_one_line, written_aside
 from .knowledge_delta import MANIFEST_KEY, KnowledgeDelta, load_delta, save_delta
-from .model_names import ModelNames, model_names, read_config, tied_as_before, ties_in, untied
-
-# Part of the name of a tensor that belongs to a layer.
-LAYER = re.compile(r"(^|\.)\d+\.")
+from .model_names import model_names, read_config, tied_as_before, ties_in, untied
 
 # An output head that a base ties and an edit unties, and beside it what was model.safetensors.
 HEAD_FILE, TIED_FILE = "model-untied-head.safetensors", "model-tied.safetensors"
@@ -218,8 +215,8 @@ def apply(
     ]
     for delta in found:
         _check_architecture(delta, base)
-    names = _names(base, found)
-    places = [_places(delta, names, base) for delta in found]
+    names = names_for(base, found)
+    places = [places_of(delta, names, str(base)) for delta in found]
     own = {place[head.name]: head for place, delta in zip(places, found) if (head := delta.manifest.untied_head)}
     changed = {name for place in places for name in place.values()} | own.keys()
     changed |= {other for name in changed - own.keys() if (other := names.tied_to(name)) and other not in own}
@@ -265,32 +262,6 @@ def apply(
         _write_model(base, output, replaced, {}, link, _untying(base, added) if own else KeptFiles(), added)
 
 
-def _names(folder: Path, deltas: Sequence[KnowledgeDelta]) -> ModelNames:
-    """The names of a folder's tensors; where the deltas' are those in the files and in layers, without transformers."""
-    files = tensor_files(folder)
-    if all(name in files and LAYER.search(name) for delta in deltas for name in delta.manifest.tensors) and not any(
-        delta.manifest.untied_head for delta in deltas
-    ):
-        return ModelNames(folder, {name: name for name in files}, {}, (), "")
-    return model_names(folder)
-
-
-def _places(delta: KnowledgeDelta, names: ModelNames, folder: Path) -> dict[str, str]:
-    """The model's name of each tensor of a delta, its untied head included."""
-    head = delta.manifest.untied_head
-    places = {}
-    for name in (*delta.manifest.tensors, *([head.name] if head else [])):
-        if (place := names.find(name)) is None:
-            raise MM4KEError(f"{folder}: {name} is missing; give the base that the delta was taken from")
-        places[name] = place
-    if head and names.tied_to(places[head.name]) is None:
-        raise MM4KEError(
-            f"{folder}: {head.name} is not tied to {head.embedding}, as in the base that {delta.path} was taken from; "
-            "give that base"
-        )
-    return places
-
-
 def _of(values: Sequence[float], place: int, deltas: Sequence[KnowledgeDelta], option: str) -> float | None:
     if len(values) not in (0, 1, len(deltas)):
         raise MM4KEError(f"{option}: given {len(values)} times for {len(deltas)} deltas; give it once, or for each")
@@ -317,7 +288,7 @@ def revert(model: Path, delta: Path, output: Path, link: bool = False) -> None:
     found = load_delta(delta)
     _check_architecture(found, model)
     infos, head = found.manifest.tensors, found.manifest.untied_head
-    names = _names(model, [found])
+    names = names_for(model, [found])
     places = {}
     for name in (*infos, *([head.name] if head else [])):
         if (place := names.find(name)) is None:

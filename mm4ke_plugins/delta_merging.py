@@ -1,13 +1,48 @@
 """What knowledge deltas make of a base's tensors, after a check that it is their base."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from .checkpoint import tensor_files
 from .delta import merge
 from .delta_encoding import dtype_name, shape_text, tensor_sha256
 from .errors import MM4KEError
 from .knowledge_delta import KnowledgeDelta
+from .model_names import ModelNames, model_names
+
+# Part of the name of a tensor that belongs to a layer, where nothing is tied.
+LAYER = re.compile(r"(^|\.)\d+\.")
+
+
+def names_for(folder: Path, deltas: Sequence[KnowledgeDelta]) -> ModelNames:
+    """The names of a folder's tensors; as they are in the files where the deltas have the same, of layers only."""
+    files = tensor_files(folder)
+    known = all(name in files and LAYER.search(name) for delta in deltas for name in delta.manifest.tensors)
+    if known and not any(delta.manifest.untied_head for delta in deltas):
+        return ModelNames(folder, {name: name for name in files}, {}, (), "")
+    return model_names(folder)
+
+
+def places_of(delta: KnowledgeDelta, names: ModelNames, owner: str) -> dict[str, str]:
+    """The model's name of each tensor of a delta, its untied head included.
+
+    owner: what an error calls the model's folder, the base
+    """
+    head = delta.manifest.untied_head
+    places = {}
+    for name in (*delta.manifest.tensors, *([head.name] if head else [])):
+        if (place := names.find(name)) is None:
+            raise MM4KEError(f"{owner}: {name} is missing; give the base that the delta was taken from")
+        places[name] = place
+    if head and names.tied_to(places[head.name]) is None:
+        raise MM4KEError(
+            f"{owner}: {head.name} is not tied to {head.embedding}, as in the base that {delta.path} was taken from; "
+            "give that base"
+        )
+    return places
 
 
 def check_base(deltas: Sequence[KnowledgeDelta], name: str, base: torch.Tensor, owner: str) -> None:

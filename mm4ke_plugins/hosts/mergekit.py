@@ -104,6 +104,7 @@ def register_method(registry) -> None:
 def replace_run_merge(module) -> None:
     """Have recipes with our method checked first and their result written aside; all others run as before."""
     from .mergekit_delta import deltas_as_models
+    from .mergekit_heads import Heads
     from .mergekit_recipe import check_models, check_recipe
     from .mergekit_stream import StreamingExecutor
 
@@ -131,8 +132,10 @@ def replace_run_merge(module) -> None:
         check_output(out_path, merge_config)
         with deltas_as_models(merge_config, options) as (config, names):
             check_models(config, options)
+            heads = Heads(config)
             with refused_in_one_line(Path(out_path)), written_aside(Path(out_path).resolve()) as folder, own_parts():
                 run_merge(round_at_the_end(config), str(folder), options, config_source)
+                heads.write(folder)
                 card = folder / "README.md"
                 for path, name in names.items() if card.is_file() else ():
                     card.write_text(card.read_text(encoding="utf-8").replace(path, name), encoding="utf-8")

@@ -21,7 +21,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from ..checkpoint import INDEX, NewTensor, open_safetensors, write_tensors
-from ..delta_merging import check_base
+from ..delta_merging import check_base, names_for, places_of
 from ..errors import MM4KEError
 from ..files import scratch_folder
 from ..knowledge_delta import KnowledgeDelta, load_delta
@@ -72,24 +72,39 @@ def _unfinished(path: Path) -> KnowledgeDelta:
 def _write_model(delta: KnowledgeDelta, base: ModelReference, folder: Path) -> None:
     """The edited model: its own tensors, and references to the base's."""
     index = LoaderCache().get(base).index
+    if not index.is_safetensors:
+        raise MM4KEError(f"base_model: {base}: not in safetensors format; save the model in safetensors format")
     weight_map = {name: str(Path(index.base_path, file).resolve()) for name, file in index.tensor_paths.items()}
+    names, head = names_for(Path(index.base_path), [delta]), delta.manifest.untied_head
+    places = places_of(delta, names, f"base_model: {base}")
     new = {}
     with ExitStack() as stack:
 
-        def read(name: str) -> torch.Tensor:
-            return stack.enter_context(open_safetensors(Path(weight_map[name]))).get_tensor(name)
+        def read(place: str) -> torch.Tensor:
+            stored = names.stored[place]
+            return stack.enter_context(open_safetensors(Path(weight_map[stored]))).get_tensor(stored)
 
-        for name, info in delta.manifest.tensors.items():
-            if name not in weight_map or not index.is_safetensors:
-                raise MM4KEError(
-                    f"base_model: {base}: {name} is missing in its safetensors files; "
-                    f"give the base that {delta.path} was taken from"
-                )
-            check_base([delta], name, read(name), f"base_model: {base}")
-            make = partial(lambda name: delta.edited(name, read(name)), name)
-            new[name] = NewTensor(info.common_dtype, tuple(info.shape), make)
+        for name, place in places.items():
+            is_head = head is not None and name == head.name
+            if not (is_head or names.is_stored(place)):
+                continue  # it is tied, and stays so
+            target = names.stored[place] if names.is_stored(place) else name
+            if (info := delta.manifest.tensors.get(name)) is None:  # of the two, the other one was changed
+                tensor = read(place)
+                new[target] = NewTensor(tensor.dtype, tuple(tensor.shape), partial(read, place))
+                continue
+            check_base([delta], name, read(place), f"base_model: {base}")
+            make = partial(lambda name, place: delta.edited(name, read(place)), name, place)
+            new[target] = NewTensor(info.common_dtype, tuple(info.shape), make)
         folder.mkdir(parents=True)
         write_tensors(folder / EDITED, new, {"format": "pt"})
+    if not head:  # of tied tensors that are stored twice, the delta may have one
+        doubles = [
+            one for one, other in names.tied.items() if {one, other} & {*places.values()} and names.is_stored(one)
+        ]
+        for one in doubles:
+            weight_map.pop(names.stored[one])
+            new.pop(names.stored[one], None)
     weight_map |= dict.fromkeys(new, EDITED)
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     for path in Path(index.base_path).iterdir():

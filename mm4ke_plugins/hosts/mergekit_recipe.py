@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from ..delta import equal
 from ..errors import MM4KEError, first_line
+from .mergekit_heads import differ_in_the_head
 
 # The class with which mergekit reads what stands under a key.
 READERS = {
@@ -231,7 +232,7 @@ def _check_tensors(
     for name in tqdm(common, desc=f"Looking for a change in {edited_model}", disable=quiet, leave=False):
         if not equal(base[name].get_tensor(name), edited[name].get_tensor(name)):
             return
-    if common:
+    if common and not differ_in_the_head(base_model, edited_model):
         refuse(
             f"models: {edited_model}: equals base_model {base_model}, so there is nothing to merge; "
             "did training change nothing?"
