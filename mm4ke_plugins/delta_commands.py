@@ -31,7 +31,6 @@ from .checkpoint import (
     NewTensor,
     StoredTensor,
     equal_and_finite,
-    open_safetensors,
     open_tensors,
     rewrite,
     stored_tensors,
@@ -43,7 +42,7 @@ from .delta_manifest import MAGNITUDES, Manifest, UntiedHead, choose
 from .delta_merging import LAYER, check_alike, check_base, merged_tensor, names_for, places_of
 from .errors import MM4KEError, first_line
 from .files import refused_in_one_line, written_aside
-from .knowledge_delta import MANIFEST_KEY, KnowledgeDelta, load_delta, save_delta
+from .knowledge_delta import KnowledgeDelta, is_delta, load_delta, save_delta
 from .model_names import model_names, read_config, tied_as_before, ties_in, untied
 
 # An output head that a base ties and an edit unties, and beside it what was model.safetensors.
@@ -92,11 +91,12 @@ def extract(
 
     recipe: a YAML file whose settings are noted in the delta
 
-    Raises MM4KEError: a folder or the recipe can't be read, the two are not of one model, `output` is another file
-    than an earlier delta; what `save_delta` raises.
+    Raises MM4KEError: a folder or the recipe can't be read, the two are not of one model, an output that exists and is
+    no delta; what `save_delta` raises.
     """
     choose(weight, density)
-    _check_replaceable(output)
+    if output.exists() and not is_delta(output):
+        raise MM4KEError(f"{output}: exists and is no knowledge delta, so it is kept; give another name")
     settings = _read_recipe(recipe) if recipe else None
     architecture = _architecture(base)
     tensor_files(base), tensor_files(edited)  # what is wrong with the files is to be said first
@@ -160,16 +160,6 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
     for file in set(files.values()):
         stored |= {name: tensor for name, tensor in stored_tensors(file)[0].items() if files.get(name) == file}
     return stored
-
-
-def _check_replaceable(output: Path) -> None:
-    """Refuse to replace any file but an earlier delta, such as a model's own."""
-    try:
-        if not output.exists() or MANIFEST_KEY in open_safetensors(output).metadata():
-            return
-    except (MM4KEError, TypeError):  # another kind of file, or one without metadata
-        pass
-    raise MM4KEError(f"{output}: exists and is no knowledge delta; remove it or give another place")
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -398,8 +388,11 @@ def _write_model(
         names_in.setdefault(file, []).append(name)
     others = [path for path in sorted(source.iterdir()) if path.is_file() and path.suffix not in WEIGHTS]
     size = sum(path.stat().st_size for path in names_in)
-    bar = tqdm(total=size, unit="B", unit_scale=True, leave=False)
-    with refused_in_one_line(output), new_folder(output) as folder, bar:
+    with (
+        refused_in_one_line(output),
+        new_folder(output) as folder,
+        tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar,
+    ):
         # Files with new tensors first: what is wrong with these shows before the long copies.
         for file, names in sorted(names_in.items(), key=lambda item: replacements.keys().isdisjoint(item[1])):
             target = folder / files.names.get(file.name, file.name)
@@ -433,6 +426,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     exists = MM4KEError(f"{output}: exists; remove it or give another folder")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise exists
+    if os.path.ismount(output):
+        raise MM4KEError(f"{output}: is a mount point, which can't be replaced in one step; give a folder in it")
     try:
         with written_aside(output.resolve(), replace=False) as folder:
             folder.mkdir()

@@ -148,6 +148,8 @@ def check_output(output: Path) -> None:
     place = next(folder for folder in output.resolve().parents if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise MM4KEError(f"{output}: {place} is no folder that can be written to; give another place")
+    if os.path.ismount(output):
+        raise MM4KEError(f"{output}: is a mount point, which can't be replaced in one step; give a folder in it")
     if not output.exists() or (output / "sweep.json").is_file():
         return
     if not output.is_dir() or any(output.iterdir()):

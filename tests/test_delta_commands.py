@@ -16,7 +16,7 @@ from test_mergekit import LAYER, edit, expect, ffn, load, recipe, run_merge
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM
 
-from mm4ke_plugins.delta_commands import apply, compare_deltas, diff, extract, revert, show
+from mm4ke_plugins.delta_commands import apply, compare_deltas, diff, extract, new_folder, revert, show
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.knowledge_delta import load_delta
 from mm4ke_plugins.live_delta import apply_delta
@@ -333,9 +333,19 @@ def test_extract_replaces_nothing_but_a_delta(models, tmp_path):
     for name in ("model.safetensors", "config.json"):
         shutil.copy(models / "rsft" / name, tmp_path)
         before = (tmp_path / name).read_bytes()
-        message = f"^{tmp_path / name}: exists and is no knowledge delta; remove it or give another place"
+        message = f"^{tmp_path / name}: exists and is no knowledge delta, so it is kept; give another name"
         expect_error(extract, models / "base", models / "rsft", tmp_path / name, match=message, out=tmp_path / name)
         assert (tmp_path / name).read_bytes() == before
     shutil.copy(models / "other.delta", tmp_path / "d")
     extract(models / "base", models / "rsft", tmp_path / "d")
     assert load_delta(tmp_path / "d").manifest.tensors == load_delta(models / "rsft.delta").manifest.tensors
+
+
+def test_two_runs_that_make_one_folder(models, tmp_path):
+    """The second to finish is refused; nothing is replaced, and nothing is mixed."""
+    out = tmp_path / "out"
+    with pytest.raises(MM4KEError, match=f"^{out}: exists; remove it or give another folder"), new_folder(out) as slow:
+        (slow / "model.safetensors").touch()
+        apply(models / "base", [models / "rsft.delta"], out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert out.joinpath("model.safetensors").stat().st_size

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from mm4ke_plugins.comparison import disk_change
 from mm4ke_plugins.delta_commands import apply, extract, revert
+from mm4ke_plugins.editing import changed_tensors
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.knowledge_delta import load_delta
-from mm4ke_plugins.live_delta import apply_delta
+from mm4ke_plugins.live_delta import LiveDelta, apply_delta
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -292,3 +293,27 @@ def test_what_changed_on_disk(bases, tmp_path):
     for first, second in ((once, twice), (twice, once)):
         assert disk_change(first, second)["changed_parameters"] == 0
         assert disk_change(first, second)["parameters"] == size
+
+
+def test_a_checkpoint_for_a_live_model(bases, tmp_path):
+    """As EasyEdit's method takes one for a merged model."""
+    ffn, both = (edit_of(bases, kind, tmp_path / kind) for kind in ("FFN, head stored", "embedding, head stored"))
+    untied = edit_of(bases, "head and FFN", tmp_path / "untied")
+    for base in ("once", "twice"):
+        model = AutoModelForCausalLM.from_pretrained(bases / base)
+        assert changed_tensors(model, ffn).keys() == {UP}
+        assert len(changed_tensors(model, both)) == 1
+        assert changed_tensors(model, bases / "once") == changed_tensors(model, bases / "twice") == {}
+        with pytest.raises(MM4KEError, match=f"^{untied}: unties .*, which the model ties; give a merged model that"):
+            changed_tensors(model, untied)
+    loaded = AutoModelForCausalLM.from_pretrained(untied)
+    assert changed_tensors(loaded, edit_of(bases, "FFN", tmp_path / "tied")).keys() == {HEAD}
+
+
+def test_what_stays_on_a_model_has_the_models_names(gpt2, tmp_path):
+    extract(gpt2 / "base", gpt2 / "edited", tmp_path / "d")
+    model = AutoModelForCausalLM.from_pretrained(gpt2 / "base")
+    live = LiveDelta(model, load_delta(tmp_path / "d"))
+    live.set()
+    (name,) = live.keep()
+    assert not torch.equal(model.get_parameter(name), tensors_of(gpt2 / "saved")[name])

@@ -16,7 +16,6 @@ from ..errors import MM4KEError
 from ..files import alone_in, refused_in_one_line, written_aside
 from .sources import BENCHMARKS, SUFFIXES, Table, UnknownFile, read_source
 
-MADE_BY = "Made by `mm4ke prepare-data` from:"
 OWN_TASKS = Path(__file__).parent / "tasks"
 
 
@@ -84,22 +83,12 @@ def write_benchmarks(tables: list[Table], output: Path) -> None:
     by_benchmark: dict[str, list[Table]] = {}
     for table in tables:
         by_benchmark.setdefault(table.benchmark, []).append(table)
-    for name in by_benchmark:
-        if (output / name).exists() and not _is_earlier(output / name):
-            raise MM4KEError(f"{output / name}: exists and was not made by this command; give another --output")
     with refused_in_one_line(output, "give a folder that can be written to"), alone_in(output), ExitStack() as stack:
         folders = {name: stack.enter_context(written_aside(output / name)) for name in by_benchmark}
         for name, parts in by_benchmark.items():
             _write_tables(parts, folders[name])
             for file, text in _task_files(name, parts, output / name, lm_eval_tasks).items():
                 (folders[name] / file).write_text(text, encoding="utf-8")
-
-
-def _is_earlier(folder: Path) -> bool:
-    try:
-        return MADE_BY in (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return folder.is_dir() and not any(folder.iterdir())
 
 
 def _write_tables(tables: list[Table], folder: Path) -> None:
@@ -116,7 +105,7 @@ def _write_tables(tables: list[Table], folder: Path) -> None:
         configs.setdefault(table.config, []).append(line)
     head = "".join(f"- config_name: {name}\n  data_files:\n{''.join(lines)}" for name, lines in configs.items())
     sources = "".join(f"- {table.source}\n" for table in tables)
-    text = f"---\nconfigs:\n{head}---\n{MADE_BY}\n\n{sources}"
+    text = f"---\nconfigs:\n{head}---\nMade by `mm4ke prepare-data` from:\n\n{sources}"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..comparison import load_tokenizer, require_model_folder, require_same_vocabulary
 from ..delta_manifest import choose
@@ -98,12 +99,14 @@ class MM4KELM(HFLM):
             live.set(*self._choice)
             self._reference_tensors = live.keep()
         if not self._reference_folder:
+            _keep_untied(self._model)
             return
         edited = self._model
         only_on_disk = {"revision": "main", "peft": None, "delta": None, "gguf_file": None, "subfolder": ""}
         super()._create_model(str(self._reference_folder), **arguments | only_on_disk | {"device_map": "cpu"})
         self._model, reference = edited, self._model
         self._reference_tensors = self._differing_tensors(reference)
+        _keep_untied(self._model)
 
     def _differing_tensors(self, reference: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The reference's parameters that are not the model's own, by name, on the model's device.
@@ -231,6 +234,14 @@ class MM4KELM(HFLM):
                 )
             cache[CACHE_OWNER] = owner
         super().set_cache_hook(cache_hook)
+
+
+def _keep_untied(model: torch.nn.Module) -> None:
+    """HFLM ties a model once more by its configuration, also what transformers has left untied. Have that agree."""
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True) if isinstance(model, PreTrainedModel) else {}
+    if any(model.get_parameter(target) is not model.get_parameter(source) for target, source in ties.items()):
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def encode(tokenizer, context: str, continuation: str) -> Encoded:
