@@ -28,10 +28,15 @@ from .delta_manifest import MAGNITUDES, Manifest, choose
 from .delta_merging import check_alike, check_base, merged_tensor
 from .errors import MM4KEError, first_line
 from .files import written_aside
-from .knowledge_delta import KnowledgeDelta, load_delta, save_delta
+from .knowledge_delta import KnowledgeDelta, is_delta, load_delta, save_delta
+from .replacing import RECORD
 
 # Other forms of a model's weights. Beside new weights they would be the old model.
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+
+# What mergekit leaves in a result: its recipe, and a sentence in the model card.
+MERGE_RECIPE = "mergekit_config.yml"
+MERGE_CARD = "merge of pre-trained language models created using [mergekit]"
 
 
 # ---- extract ----
@@ -68,9 +73,12 @@ def extract(
 
     recipe: a YAML file whose settings are noted in the delta
 
-    Raises MM4KEError: a folder or the recipe can't be read, the two are not of one model; what `save_delta` raises.
+    Raises MM4KEError: a folder or the recipe can't be read, the two are not of one model, an output that exists and is
+    no delta; what `save_delta` raises.
     """
     choose(weight, density)
+    if output.exists() and not is_delta(output):
+        raise MM4KEError(f"{output}: exists and is no knowledge delta, so it is kept; give another name")
     settings = _read_recipe(recipe) if recipe else None
     architecture = _architecture(base)
     with ExitStack() as stack:
@@ -248,7 +256,12 @@ def _write_model(
         names_in.setdefault(file, [])
         if name in replacements:
             names_in[file].append(name)
-    others = [path for path in sorted(source.iterdir()) if path.is_file() and path.suffix not in WEIGHTS]
+    left_out = _of_merge(source)
+    others = [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file() and path.suffix not in WEIGHTS and path.name not in left_out
+    ]
     size = sum(path.stat().st_size for path in names_in)
     try:
         with new_folder(output) as folder, tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
@@ -271,6 +284,16 @@ def _write_model(
                 shutil.copyfile(path, folder / path.name)
     except OSError as error:
         raise MM4KEError(f"{output}: can't be written: {error.strerror or error}; nothing was left behind") from None
+
+
+def _of_merge(folder: Path) -> set[str]:
+    """The files that say how mergekit made a model. Of another model they would be wrong, and would make its folder
+    one that the next merge may replace."""
+    names = {RECORD, MERGE_RECIPE}
+    card = folder / "README.md"
+    if (folder / MERGE_RECIPE).is_file() or card.is_file() and MERGE_CARD in card.read_text("utf-8", "replace"):
+        names.add(card.name)
+    return names
 
 
 @contextmanager

@@ -330,6 +330,15 @@ def load_delta(path: Path) -> KnowledgeDelta:
     return delta
 
 
+def is_delta(path: Path) -> bool:
+    """Whether a path is that of a knowledge delta, by its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return MANIFEST_KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def _read_manifest(path: Path, metadata: Mapping[str, str]) -> Manifest:
     if MANIFEST_KEY not in metadata:
         raise MM4KEError(f"{path}: not a knowledge delta; `mm4ke delta extract BASE EDITED -o FILE` makes one")

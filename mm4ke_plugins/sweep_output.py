@@ -25,6 +25,7 @@ from rich.text import Text
 from .errors import MM4KEError
 from .files import written_aside
 from .knowedit.metrics import METRICS
+from .replacing import refuse_to_replace, users_files
 from .report.figures import MARKERS
 from .sweep import DEFAULT, HALVES, Point, title
 
@@ -142,16 +143,21 @@ def _with_untouched(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 # ---- files ----
 
+FIGURES = {f"{name}.{kind}" for name in ("weight", "density", "pareto") for kind in ("svg", "png")}
+FILES = {"sweep.json", "sweep.csv", "merge.yaml"} | FIGURES
+
 
 def check_output(output: Path) -> None:
     """Refuse to replace anything but an earlier sweep or an empty folder, and a place where nothing can be written."""
     place = next(folder for folder in output.resolve().parents if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise MM4KEError(f"{output}: {place} is no folder that can be written to; give another place")
-    if not output.exists() or (output / "sweep.json").is_file():
+    if not output.exists():
         return
-    if not output.is_dir() or any(output.iterdir()):
+    is_sweep = (output / "sweep.json").is_file()
+    if not output.is_dir() or (not is_sweep and any(output.iterdir())):
         raise MM4KEError(f"{output}: exists and is no earlier sweep; remove it or give another folder")
+    refuse_to_replace(output, "exists and is more than an earlier sweep", users_files(output, FILES.__contains__))
 
 
 def write(result: dict[str, Any], output: Path) -> None:

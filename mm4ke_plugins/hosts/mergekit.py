@@ -11,6 +11,7 @@ is half-imported when PyTorch calls us. So the method itself checks all that it 
 
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,7 @@ from pydantic import Field
 from ..delta import merge
 from ..errors import MM4KEError, report_in_one_line
 from ..files import written_aside
+from ..replacing import has_record, note_files, refuse_to_replace, users_files
 from . import MERGEKIT
 
 # Weights beyond 1 (more than the training did) and below 0 (forgetting) are known practice; 80 is a percentage.
@@ -125,6 +127,8 @@ def replace_run_merge(module) -> None:
                 card = folder / "README.md"
                 for path, name in names.items() if card.is_file() else ():
                     card.write_text(card.read_text(encoding="utf-8").replace(path, name), encoding="utf-8")
+                note_files(folder)
+                check_output(out_path, merge_config)  # a merge takes minutes, in which much can be put there
 
     module.run_merge = check_and_run_merge
 
@@ -147,7 +151,28 @@ def check_output(out_path: str, merge_config) -> None:
         raise MM4KEError(f"{out_path}: is one of the models to merge; give another folder for the result")
     if os.path.ismount(folder):
         raise MM4KEError(f"{out_path}: is a mount point, which can't be replaced in one step; give a folder in it")
-    if not folder.exists() or (folder / "mergekit_config.yml").is_file():
+    if not folder.exists():
         return
-    if not folder.is_dir() or any(folder.iterdir()):
+    if not folder.is_dir():
         raise MM4KEError(f"{out_path}: exists and is no earlier result of mergekit; remove it or give another folder")
+    is_result = has_record(folder) or (folder / "mergekit_config.yml").is_file()
+    kept = users_files(folder, lambda name: is_result and is_mergekits(name))
+    refuse_to_replace(
+        out_path, f"exists and is {'more than an' if is_result else 'no'} earlier result of mergekit", kept
+    )
+
+
+# What mergekit and the tokenizers that it saves call their files; those of models come from its writer.
+NAMES = {
+    *("config.json", "generation_config.json", "README.md", "mergekit_config.yml"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json"),
+    *("chat_template.jinja", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("normalizer.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
+}
+WEIGHTS = re.compile(r"model(-\d+(-of-\d+)?)?\.safetensors|pytorch_model(-\d+(-of-\d+)?)?\.bin")
+
+
+def is_mergekits(name: str) -> bool:
+    """Whether mergekit gives this name to a file that it writes into a result, by any of its options."""
+    return name in NAMES or bool(WEIGHTS.fullmatch(name))
