@@ -10,8 +10,6 @@ is half-imported when PyTorch calls us. So the method itself checks all that it 
 """
 
 import functools
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,10 +29,11 @@ from mergekit.merge_methods.base import (
 from pydantic import Field
 
 from ..delta import merge
-from ..errors import MM4KEError, report_in_one_line
+from ..errors import report_in_one_line
 from ..files import written_aside
-from ..replacing import has_record, note_files, refuse_to_replace, users_files
+from ..replacing import note_files
 from . import MERGEKIT
+from .mergekit_output import check_output
 
 # Weights beyond 1 (more than the training did) and below 0 (forgetting) are known practice; 80 is a percentage.
 Weight = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
@@ -104,11 +103,14 @@ def register_method(registry) -> None:
 
 def replace_run_merge(module) -> None:
     """Have recipes with our method checked first and their result written aside; all others run as before."""
+    from .mergekit_caches import models_as_they_are
     from .mergekit_delta import deltas_as_models
+    from .mergekit_plan import Planner
     from .mergekit_recipe import check_models, check_recipe
     from .mergekit_stream import StreamingExecutor
 
     run_merge = module.run_merge
+    module.MergePlanner = functools.partial(Planner, METHOD.spec.name)
     module.Executor = functools.partial(StreamingExecutor, METHOD.spec.name)
 
     @functools.wraps(run_merge)
@@ -120,7 +122,7 @@ def replace_run_merge(module) -> None:
         config_source = config_source or merge_config.to_yaml()
         check_recipe(merge_config, config_source, METHOD.spec)
         check_output(out_path, merge_config)
-        with deltas_as_models(merge_config, options) as (merge_config, names):
+        with models_as_they_are(), deltas_as_models(merge_config, options) as (merge_config, names):
             check_models(merge_config, options)
             with written_aside(Path(out_path).resolve()) as folder:
                 run_merge(round_at_the_end(merge_config), str(folder), options, config_source)
@@ -142,37 +144,3 @@ def round_at_the_end(merge_config):
         return merge_config
     out_dtype = merge_config.out_dtype or merge_config.dtype
     return merge_config.model_copy(update={"dtype": "float32", "out_dtype": out_dtype})
-
-
-def check_output(out_path: str, merge_config) -> None:
-    """Refuse to replace anything but an empty folder or an earlier result, and anything that the merge reads."""
-    folder = Path(out_path).resolve()
-    if any(folder == Path(model.model.path).resolve() for model in merge_config.referenced_models()):
-        raise MM4KEError(f"{out_path}: is one of the models to merge; give another folder for the result")
-    if os.path.ismount(folder):
-        raise MM4KEError(f"{out_path}: is a mount point, which can't be replaced in one step; give a folder in it")
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise MM4KEError(f"{out_path}: exists and is no earlier result of mergekit; remove it or give another folder")
-    is_result = has_record(folder) or (folder / "mergekit_config.yml").is_file()
-    kept = users_files(folder, lambda name: is_result and is_mergekits(name))
-    refuse_to_replace(
-        out_path, f"exists and is {'more than an' if is_result else 'no'} earlier result of mergekit", kept
-    )
-
-
-# What mergekit and the tokenizers that it saves call their files; those of models come from its writer.
-NAMES = {
-    *("config.json", "generation_config.json", "README.md", "mergekit_config.yml"),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json"),
-    *("chat_template.jinja", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    *("normalizer.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
-}
-WEIGHTS = re.compile(r"model(-\d+(-of-\d+)?)?\.safetensors|pytorch_model(-\d+(-of-\d+)?)?\.bin")
-
-
-def is_mergekits(name: str) -> bool:
-    """Whether mergekit gives this name to a file that it writes into a result, by any of its options."""
-    return name in NAMES or bool(WEIGHTS.fullmatch(name))

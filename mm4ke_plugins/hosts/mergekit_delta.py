@@ -25,6 +25,7 @@ from ..checkpoint import INDEX, NewTensor, open_safetensors, write_tensors
 from ..delta_merging import check_base
 from ..errors import MM4KEError
 from ..knowledge_delta import KnowledgeDelta, load_delta
+from .mergekit_caches import open_model
 
 EDITED = "edited.safetensors"
 
@@ -50,7 +51,7 @@ def deltas_as_models(
         folders = {}
         for number, (name, path) in enumerate(deltas.items()):
             folders[name] = str(Path(aside, str(number), path.name))
-            _write_model(_unfinished(path), config.base_model, Path(folders[name]))
+            _write_model(_unfinished(path), config.base_model, Path(folders[name]), options)
         replaced = _replaced(config.model_dump(mode="json", exclude_none=True), folders)
         yield MergeConfiguration.model_validate(replaced), {folder: name for name, folder in folders.items()}
 
@@ -69,9 +70,9 @@ def _unfinished(path: Path) -> KnowledgeDelta:
     return delta
 
 
-def _write_model(delta: KnowledgeDelta, base: ModelReference, folder: Path) -> None:
+def _write_model(delta: KnowledgeDelta, base: ModelReference, folder: Path, options: MergeOptions) -> None:
     """The edited model: its own tensors, and references to the base's."""
-    index = LoaderCache().get(base).index
+    index = open_model(base, options)
     weight_map = {name: str(Path(index.base_path, file).resolve()) for name, file in index.tensor_paths.items()}
     new = {}
     with ExitStack() as stack:
