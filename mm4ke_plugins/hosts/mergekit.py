@@ -61,6 +61,11 @@ class KnowledgeMerge(MergeMethod):
         optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
     )
 
+    def _execute_resolved(self, groups, parameters, *, dtype=None, out_dtype=None, batch_options=None):
+        """`dtype` is that of the result, as in recipes: to cast the inputs to it would round them before the delta."""
+        result = {"out_dtype": out_dtype or dtype, "batch_options": batch_options}
+        return super()._execute_resolved(groups, parameters, **result)
+
     # GroupMergeMethod would hand over tensors that are cast to the widest dtype already, and the base's would be lost.
     def _execute(
         self,
@@ -96,17 +101,32 @@ def register(module) -> None:
 
 
 def register_method(registry) -> None:
-    """Make the method known by its name, unless an entry point (see third_party_patches) has done so."""
+    """Make the method known by its name, unless an entry point (see third_party_patches) has done so, and have
+    mergekit's commands check their recipes."""
     if METHOD.spec.name not in {method.spec.name for method in registry.registered_methods()}:
         registry.register(METHOD)
+    from mergekit.options import MergeOptions
+
+    apply_global_options = MergeOptions.apply_global_options
+
+    @functools.wraps(apply_global_options)
+    def check_command_and_apply(options):
+        from .mergekit_commands import check_command  # not before mergekit is imported as a whole
+
+        check_command(options, METHOD.spec)
+        return apply_global_options(options)
+
+    # What each of the commands that read a recipe calls first.
+    MergeOptions.apply_global_options = check_command_and_apply
 
 
 def replace_run_merge(module) -> None:
     """Have recipes with our method checked first and their result written aside; all others run as before."""
     from .mergekit_caches import models_as_they_are
+    from .mergekit_commands import check_method, for_legacy
     from .mergekit_delta import deltas_as_models
     from .mergekit_plan import Planner
-    from .mergekit_recipe import check_models, check_recipe
+    from .mergekit_recipe import check_models, check_recipe, write_vocabulary_size
     from .mergekit_stream import StreamingExecutor
 
     run_merge = module.run_merge
@@ -115,10 +135,12 @@ def replace_run_merge(module) -> None:
 
     @functools.wraps(run_merge)
     def check_and_run_merge(merge_config, out_path, options, config_source=None):
+        check_method(merge_config.merge_method, METHOD.spec)
         if merge_config.merge_method != METHOD.spec.name:
             return run_merge(merge_config, out_path, options, config_source)
         report_in_one_line()
         MERGEKIT.require_supported(f"merge_method: {METHOD.spec.name}")
+        merge_config = for_legacy(merge_config, METHOD.spec)
         config_source = config_source or merge_config.to_yaml()
         check_recipe(merge_config, config_source, METHOD.spec)
         check_output(out_path, merge_config)
@@ -126,6 +148,8 @@ def replace_run_merge(module) -> None:
             check_models(merge_config, options)
             with written_aside(Path(out_path).resolve()) as folder:
                 run_merge(round_at_the_end(merge_config), str(folder), options, config_source)
+                if options.unsafe_truncate_embeddings:
+                    write_vocabulary_size(folder, merge_config, options)
                 card = folder / "README.md"
                 for path, name in names.items() if card.is_file() else ():
                     card.write_text(card.read_text(encoding="utf-8").replace(path, name), encoding="utf-8")

@@ -1,7 +1,7 @@
 """What mergekit keeps from one merge to the next, and takes for the models that now are in the same places.
 
-Open files and lists of tensors stay for as long as a process lives, models with a LoRA in `--lora-merge-cache` for ever.
-Who merges, trains again and merges again would get the first edit twice.
+Open files and lists of tensors stay for as long as a process lives, models with a LoRA in `--lora-merge-cache` for
+ever. Who merges, trains again and merges again would get the first edit twice.
 """
 
 import json
@@ -56,8 +56,8 @@ def _merge_lora(model: ModelReference, options: MergeOptions) -> None:
     """
     if not options.lora_merge_cache:
         raise MM4KEError(
-            f"{model}: the LoRA has to be merged into its model first; give --lora-merge-cache FOLDER, where the result "
-            "is kept"
+            f"{model}: the LoRA has to be merged into its model first; give --lora-merge-cache FOLDER, where the "
+            "result is kept"
         )
     folder = Path(options.lora_merge_cache, f"{model.model._unique_id()}_{model.lora._unique_id()}")
     record, sources = folder / LORA_RECORD, _sources(model, options)

@@ -6,14 +6,15 @@ Everything that can be known before is checked here.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import click
 import yaml
-from mergekit.architecture import WeightInfo
+from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.card import is_hf
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelReference, dtype_from_name, get_config_value, set_config_value
 from mergekit.config import (
     ConditionalParameter,
     InputModelDefinition,
@@ -29,6 +30,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from ..delta import equal
 from ..errors import MM4KEError, first_line
@@ -49,6 +51,9 @@ READERS = {
 
 def recipe_name() -> str:
     """The recipe as the user wrote it on the command line, for error messages."""
+    if context := click.get_current_context(silent=True):
+        if path := context.params.get("config_file") or context.params.get("config_path"):
+            return path
     return next((word for word in sys.argv[1:] if word.endswith((".yaml", ".yml"))), "merge recipe")
 
 
@@ -56,42 +61,73 @@ def refuse(problem: str) -> NoReturn:
     raise MM4KEError(f"{recipe_name()}: {problem}")
 
 
-def check_recipe(config: MergeConfiguration, source: str, spec: MergeMethodSpec) -> None:
+def check_recipe(config: BaseModel, source: str, spec: MergeMethodSpec) -> None:
     """Refuse unknown keys, parameters out of their range, unknown dtypes, and a recipe without base or edited model.
 
+    config: mergekit's MergeConfiguration, or what `mergekit-pytorch` reads a recipe with, which has fewer keys
     source: the recipe's YAML text, which still has the keys that mergekit drops
 
     Raises MM4KEError, which names the recipe, the key, its value and what would be right.
     """
-    for problem in _problems(yaml.safe_load(source), MergeConfiguration, spec, ""):
-        refuse(problem)
+    check_keys(yaml.safe_load(source), type(config), spec)
     for key in ("dtype", "out_dtype"):
         if (name := getattr(config, key)) and not _is_float_dtype(name):
             refuse(f"{key}: {name}: give bfloat16, float16 or float32")
-    slices = _slices(config)
+    if isinstance(config, MergeConfiguration):
+        slices, models = _slices(config), config.referenced_models()
+    else:
+        slices, models = [], [entry.model for entry in config.models]
     if config.base_model is None and not (slices and all(slice_out.base_model for slice_out in slices)):
         refuse("base_model: missing; give the model before the edit, which the delta is taken from")
-    if not set(config.referenced_models()) - {config.base_model}:
+    if not set(models) - {config.base_model}:
         refuse("models: nothing but the base_model; give the edited model")
 
 
-def _problems(part: dict, reader: type[BaseModel], spec: MergeMethodSpec, where: str) -> Iterator[str]:
+def check_keys(recipe: dict, reader: type[BaseModel], spec: MergeMethodSpec) -> None:
+    """Refuse keys that mergekit would ignore when it reads the recipe with `reader`, and bad values of parameters."""
+    for problem in _problems(recipe, reader, spec, ""):
+        refuse(problem)
+
+
+def _problems(part: object, reader: type[BaseModel], spec: MergeMethodSpec, where: str) -> Iterator[str]:
     """What is wrong in one part of the recipe, which mergekit reads with `reader`, and in the parts below it."""
     parameters = {parameter.name: parameter for parameter in spec.parameters}
+    if not isinstance(part, dict):
+        yield f"{where.removesuffix('.')}: {part}: give keys and values; there are: {', '.join(reader.model_fields)}"
+        return
     for key, value in part.items():
         if key in parameters:
             yield f"{where}{key}: {value}: mergekit would ignore it here; write it under {where}parameters"
         elif key not in reader.model_fields:
             yield f"{where}{key}: unknown key; there are: {', '.join(reader.model_fields)}"
+        elif value is None:
+            continue
+        elif key == "parameters" and not isinstance(value, dict):
+            yield f"{where}parameters: {value}: give names and numbers; there are: {', '.join(parameters)}"
         elif key == "parameters":
-            for name, setting in (value or {}).items():
+            for name, setting in value.items():
                 if name in parameters:
                     yield from _setting_problems(setting, parameters[name], f"{where}parameters.{name}")
                 else:
                     yield f"{where}parameters.{name}: unknown; {spec.name} has: {', '.join(parameters)}"
+        elif key in READERS and not isinstance(value, (list, dict)):
+            yield f"{where}{key}: {value}: give a list"
         elif key in READERS:
-            for index, entry in value.items() if isinstance(value, dict) else enumerate(value or []):
+            for index, entry in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from _problems(entry, READERS[key], spec, f"{where}{key}[{index}].")
+
+
+def check_references(config: MergeConfiguration, names: Collection[str] = ()) -> None:
+    """Refuse a model that is no folder and no file here and can't be on a hub. names: of merges that will be there."""
+    for model in config.referenced_models():
+        key = "base_model" if model == config.base_model else "models"
+        for part in filter(None, (model.model, model.lora)):
+            if part.path not in names and _looks_local(part.path) and not Path(part.path).exists():
+                refuse(f"{key}: {part.path}: no such folder; give a model's folder or a hub id such as org/name")
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def _setting_problems(setting: object, parameter: ParameterSpec, where: str) -> Iterator[str]:
@@ -100,7 +136,7 @@ def _setting_problems(setting: object, parameter: ParameterSpec, where: str) -> 
         for index, entry in enumerate(setting):
             yield from _setting_problems(entry, parameter, f"{where}[{index}]")
     elif isinstance(setting, dict):
-        for key in sorted(setting.keys() - ConditionalParameter.model_fields.keys()):
+        for key in sorted(setting.keys() - ConditionalParameter.model_fields.keys(), key=str):
             yield f"{where}.{key}: unknown key; there are: {', '.join(ConditionalParameter.model_fields)}"
         yield from _setting_problems(setting.get("value"), parameter, f"{where}.value")
     else:
@@ -174,8 +210,7 @@ def _listed(model: ModelReference, config: MergeConfiguration, options: MergeOpt
 
 def _check_location(model: ModelReference, key: str, base: ModelReference | None, options: MergeOptions) -> None:
     for path in (model.model.path, model.lora.path if model.lora else model.model.path):
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-        if looks_local and not Path(path).is_dir():
+        if _looks_local(path) and not Path(path).is_dir():
             refuse(f"{key}: {path}: no such folder; give a model's folder or a hub id such as org/name")
         if path == model.model.path and is_lora(Path(path)):
             refuse(
@@ -260,8 +295,18 @@ def _check_alike(base: ModelReference, edited: ModelReference, options: MergeOpt
             token = min(changed, key=vocabulary.get)
             refuse(
                 f"models: {edited}: {len(changed)} tokens have another id than in base_model {base}, such as "
-                f"{token!r} ({other.get(token)}, was {vocabulary[token]}); merge only models of one vocabulary, or {BASES_VOCABULARY}"
+                f"{token!r} ({other.get(token)}, was {vocabulary[token]}); merge only models of one vocabulary, or "
+                f"{BASES_VOCABULARY}"
             )
+
+
+def write_vocabulary_size(folder: Path, config: MergeConfiguration, options: MergeOptions) -> None:
+    """Have a result of --unsafe-truncate-embeddings say how many tokens it has, which mergekit leaves at the base's."""
+    key = get_architecture_info(config, options).vocab_size_config_key or "vocab_size"
+    models = [model.config(options.trust_remote_code) for model in config.referenced_models()]
+    result = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    set_config_value(result, key, min(get_config_value(model, key) for model in models))
+    result.save_pretrained(folder)
 
 
 def _check_tensors(
