@@ -272,7 +272,9 @@ def test_legacy(models, tmp_path):  # noqa: F811
         line = refused(run(legacy, tmp_path / "other", *options, option))
         assert line == f"{option}: not an option of mm4ke, which has: --weight, --density"
     assert ": mm4k: no such method; write mm4ke" in refused(run(legacy, tmp_path / "other", *options[:-1], "mm4k"))
-    assert "models[0].parameters.weight: 80.0: Input should be" in refused(run(legacy, tmp_path / "other", *options, "--weight", "80"))
+    assert "models[0].parameters.weight: 80.0: Input should be" in refused(
+        run(legacy, tmp_path / "other", *options, "--weight", "80")
+    )
     assert not (tmp_path / "other").exists()
 
 

@@ -236,7 +236,11 @@ def _open_checkpoint(model: ModelReference, key: str, options: MergeOptions) -> 
     try:
         model.config(options.trust_remote_code)
         index = open_model(model, options)
+    except MM4KEError as error:
+        refuse(f"{key}: {error}")
     except SafetensorError as error:  # mergekit opens the file at once only where there is but one
+        if model.lora:
+            refuse(f"{key}: {model}: a damaged file: {first_line(error)}; copy or make the model and the LoRA again")
         _refuse_damaged(Path(model.model.path, "model.safetensors"), first_line(error))
     except (OSError, RuntimeError, ValueError) as error:
         refuse(f"{key}: {model}: {first_line(error)}")
