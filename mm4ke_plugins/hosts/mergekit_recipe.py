@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
+import torch
 import yaml
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.card import is_hf
@@ -180,6 +181,7 @@ def check_models(config: MergeConfiguration, options: MergeOptions) -> None:
     changes = bool(_slices(config) or config.tokenizer or config.tokenizer_source)
     for model in others if not changes else ():
         _check_alike(base, model, options)
+        _check_quantized(checkpoints[base], checkpoints[model], model, config)
         _check_tensors(checkpoints[base], checkpoints[model], base, model, options)
 
     absent = {model: not_stored(_listed(model, config, options), stored[model]) for model in models}
@@ -187,8 +189,9 @@ def check_models(config: MergeConfiguration, options: MergeOptions) -> None:
     for model in models if not by_stored_tensors else ():
         model_type = model.config(options.trust_remote_code).model_type
         for name in not_loadable(absent[model], stored[model], model_type):
+            key = "base_model" if model == base else "models"
             refuse(
-                f"models: {model}: mergekit needs {name}, which is not in it; without slices, modules, tokenizer and "
+                f"{key}: {model}: mergekit needs {name}, which is not in it; without slices, modules, tokenizer and "
                 "--unsafe-truncate-embeddings it can be merged, also by `mm4ke delta extract` and `apply`"
             )
     for model in others if not changes else ():
@@ -199,11 +202,14 @@ def check_models(config: MergeConfiguration, options: MergeOptions) -> None:
 
 
 def _listed(model: ModelReference, config: MergeConfiguration, options: MergeOptions) -> list[WeightInfo]:
+    key = "base_model" if model == config.base_model else "models"
     try:
+        if not model.config(options.trust_remote_code).architectures:
+            raise ValueError("config.json names no architectures")
         return listed(model, config, options)
     except Exception as error:  # mergekit's own, of as many kinds as there are odd configurations
         refuse(
-            f"models: {model}: mergekit does not know its architecture ({first_line(error)}); "
+            f"{key}: {model}: mergekit can't tell its architecture: {first_line(error)}; "
             "merge it by `mm4ke delta extract` and `apply`"
         )
 
@@ -305,7 +311,7 @@ def _check_alike(base: ModelReference, edited: ModelReference, options: MergeOpt
 
 
 def write_vocabulary_size(folder: Path, config: MergeConfiguration, options: MergeOptions) -> None:
-    """Have a result of --unsafe-truncate-embeddings say how many tokens it has, which mergekit leaves at the base's."""
+    """Have a result of --unsafe-truncate-embeddings say how many tokens it has; mergekit leaves that at the base's."""
     key = get_architecture_info(config, options).vocab_size_config_key or "vocab_size"
     models = [model.config(options.trust_remote_code) for model in config.referenced_models()]
     result = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
@@ -342,6 +348,29 @@ def _check_tensors(
             f"models: {edited_model}: equals base_model {base_model}, so there is nothing to merge; "
             "did training change nothing?"
         )
+
+
+def _check_quantized(
+    base: dict[str, safe_open], edited: dict[str, safe_open], edited_model: ModelReference, config: MergeConfiguration
+) -> None:
+    """Integers have no delta: they must be alike, and stay what they are. 8-bit floats nobody can add up."""
+    for name in sorted(base.keys() & edited.keys()):
+        kinds = {files[name].get_slice(name).get_dtype() for files in (base, edited)}
+        if kinds <= {"F64", "F32", "F16", "BF16"} or BUFFERS.search(name):
+            continue
+        if any(kind.startswith("F") for kind in kinds):
+            refuse(
+                f"models: {edited_model}: {name} is {' and '.join(sorted(kinds))}, which mergekit can't merge; use "
+                "`mm4ke delta extract` and `apply` if the edit did not change it, or merge before quantizing"
+            )
+        if not torch.equal(base[name].get_tensor(name), edited[name].get_tensor(name)):
+            refuse(
+                f"models: {edited_model}: {name} holds other integers than the base's, and only floating point can be "
+                "merged; merge before quantizing"
+            )
+        for key in ("dtype", "out_dtype"):
+            if value := getattr(config, key):
+                refuse(f"{key}: {value}: {name} holds integers, which must stay so; leave {key} out")
 
 
 def _check_known(
