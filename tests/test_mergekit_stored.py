@@ -16,8 +16,8 @@ from mm4ke_plugins.delta_commands import apply, extract
 from mm4ke_plugins.hosts import mergekit_plan
 
 MOE = {"moe_intermediate_size": 16, "num_experts": 4}
-# mergekit 0.1.5 lists more than these store: buffers, other norms, an output head beside tied embeddings; it has a list
-# of gpt2, opt and mamba that fits; and it saves experts as one tensor.
+# Of some architectures mergekit 0.1.5 lists more than there is: buffers, other norms, an output head beside tied
+# embeddings; and it saves experts as one tensor.
 FITTING = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
@@ -32,7 +32,7 @@ OTHERS = {
     "stablelm": {"tie_word_embeddings": True},
     "phi": {"tie_word_embeddings": True},
     "qwen2_moe": MOE | {"shared_expert_intermediate_size": 16},
-    "qwen3_moe": MOE | {"head_dim": 8},
+    "qwen3_moe": MOE | {"head_dim": 8, "num_experts_per_tok": 2},
     "mixtral": {"num_local_experts": 4},
 }
 
@@ -135,9 +135,7 @@ def test_slices_need_what_mergekit_lists(tmp_path):
     make_pair(tmp_path, "falcon")
     sources = [{"model": str(tmp_path / name), "layer_range": [0, 4]} for name in ("base", "rsft")]
     remedy = r"; without slices, modules, tokenizer .* it can be merged, also by `mm4ke delta extract` and `apply`"
-    message = (
-        rf"merge recipe: base_model: {tmp_path}/base: mergekit needs transformer.h.0.ln_attn.\w+, which is not in"
-    )
+    message = rf"merge recipe: base_model: {tmp_path}/base: mergekit needs transformer.h.0.ln_attn.\w+, which is not"
     refuses(recipe(tmp_path, models=None, slices=[{"sources": sources}]), message + ".*" + remedy, tmp_path)
     refuses(recipe(tmp_path, tokenizer={"source": "base"}), message, tmp_path)
     refuses(recipe(tmp_path), message, tmp_path, unsafe_truncate_embeddings=True)
@@ -243,9 +241,7 @@ def test_integers_stay_as_they_are(quantized, streamed):  # noqa: F811
     tensors = load(quantized / "rsft")
     tensors["model.layers.0.self_attn.k_proj.qweight"][0, 0] += 1
     save(tensors, quantized / "rsft")
-    message = (
-        "merge recipe: models: .*/rsft: model.layers.0.self_attn.k_proj.qweight holds other integers than the bas"
-    )
+    message = "merge recipe: models: .*/rsft: model.layers.0.self_attn.k_proj.qweight holds other integers than the"
     refuses(recipe(quantized), message, quantized, out="other")
 
 
