@@ -138,16 +138,30 @@ LATE = {
     "unknown key": ({"out_dtpye": "float32"}, r"document 3: out_dtpye: unknown key"),
     "value": ({"parameters": {"weight": 80}}, r"document 3: parameters.weight: 80: Input should be less"),
     "method": ({"merge_method": "lineer"}, "document 3: merge_method: lineer: no such method; mergekit has: "),
-    "no such model": ({"base_model": "./nowhere"}, r"document 3: base_model: ./nowhere: no such folder"),
+    "no such model": ({"base_model": "./nowhere"}, "document 3: base_model: ./nowhere: no such folder"),
+    "no such stage": (
+        {"models": [{"model": "secnod"}]},
+        "document 3: models: secnod: no merge of this name (first, second) and no model: ",
+    ),
+    "a LoRA": ({"models": [{"model": "LORA"}]}, "document 3: models: LORA: is a LoRA, not a model; write "),
     "misspelt name": ({"name": "second"}, "Duplicate merge name second"),
     "circle": ({"name": "third", "models": [{"model": "third"}]}, "Circular dependency detected involving third"),
 }
 
 
 @pytest.mark.parametrize("changes, message", LATE.values(), ids=LATE)
-def test_a_bad_last_document_shows_before_the_first_merge(models, tmp_path, changes, message):  # noqa: F811
+def test_a_bad_last_document_shows_before_the_first_merge(  # noqa: F811
+    models,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    changes,
+    message,  # noqa: F811
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "LORA").mkdir()
+    (tmp_path / "LORA" / "adapter_config.json").write_text("{}")
     write(tmp_path, *stages(models, **changes))
-    line = refused(run(*commands(tmp_path)["mergekit-multi"]))
+    line = refused(run(*commands(tmp_path)["mergekit-multi"], "--no-write-model-card"))
     assert line.startswith(f"{tmp_path}/merge.yaml: {message}"), line
     assert not list((tmp_path / "parts").glob("*"))
 
@@ -233,6 +247,25 @@ def test_other_methods_still_cast_their_files(models, tmp_path):  # noqa: F811
     run(merge_raw_pytorch, tmp_path / "merge.yaml", tmp_path / "out")
     base = load(models / "base")[ffn()]
     assert torch.equal(load(tmp_path / "out")[ffn()], base + (load(models / "rsft")[ffn()].bfloat16() - base))
+
+
+def test_files_of_other_tensors(models, tmp_path):  # noqa: F811
+    shutil.copytree(models / "rsft", tmp_path / "rsft")
+    entries = [{"model": str(tmp_path / "rsft/model.safetensors")}]
+    tensors = load(models / "rsft")
+    tensors.pop(ffn())
+    save(tensors, tmp_path / "rsft")
+    flat(models, tmp_path, models=entries)
+    command = [merge_raw_pytorch, tmp_path / "merge.yaml", tmp_path / "out"]
+    message = f"merge.yaml: base_model: {models}/base/model.safetensors: {ffn()} is in no other file; give files that"
+    assert message in refused(run(*command))
+    assert run(*command, "--tensor-intersection").exit_code == 0
+    shutil.rmtree(tmp_path / "out")
+    save(load(models / "rsft") | {"another": torch.zeros(1)}, tmp_path / "rsft")
+    assert "merge.yaml: Missing tensors; give files that hold the same" in refused(run(*command))
+    (tmp_path / "rsft" / "model.safetensors").write_bytes(b"1234567890")
+    assert "give files that hold the same tensors" in refused(run(*command))
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_are_not_there(models, tmp_path):  # noqa: F811

@@ -19,9 +19,11 @@ import yaml
 from click.core import ParameterSource
 from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
+from mergekit.io import ShardedTensorIndex
 from mergekit.merge_methods.base import MergeMethodSpec
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from ..errors import MM4KEError, first_line, report_in_one_line
 from . import MERGEKIT
@@ -125,7 +127,7 @@ def _check_all(documents: list, context: click.Context, options: MergeOptions, s
     """All documents, before the first is merged: `mergekit-multi`."""
     script, parameters = _script(context), context.params
     folder, lazy = parameters["intermediate_dir"], parameters["lazy"]
-    names = {str(document.get("name")) for document in documents if isinstance(document, dict)}
+    names = {str(document["name"]) for document in documents if isinstance(document, dict) and "name" in document}
     for number, document in enumerate(documents, start=1):
         name = document.get("name") if isinstance(document, dict) else None
         try:
@@ -136,7 +138,7 @@ def _check_all(documents: list, context: click.Context, options: MergeOptions, s
             if config.merge_method != spec.name:
                 continue
             check_recipe(config, yaml.safe_dump(recipe), spec)
-            check_references(config, names)
+            check_references(config, names, options)
             out = parameters["out_path"] if name is None else os.path.join(folder, str(name))
             is_there = any(Path(out, file).exists() for file in script["MODEL_CHECK_FILENAMES"]) if out else True
             if not (lazy and is_there):
@@ -173,7 +175,15 @@ def _check_files(documents: list, context: click.Context, options: MergeOptions,
         """`dtype` is that of the result. mergekit would cast the models to it before their deltas are taken."""
         script["SimpleLoaderCache"]().loaders.clear()
         out_dtype = config.out_dtype or config.dtype
-        return plan(config.model_copy(update={"dtype": None, "out_dtype": out_dtype}), *args)
+        try:
+            # The planner takes names from the edited models only, and would drop what the base alone has.
+            base = ShardedTensorIndex.from_file(config.base_model).tensor_paths.keys()
+            edited = (ShardedTensorIndex.from_file(model.model).tensor_paths.keys() for model in config.models)
+            if (lost := sorted(base - set().union(*edited))) and not context.params["tensor_intersection"]:
+                raise RuntimeError(f"base_model: {config.base_model}: {lost[0]} is in no other file")
+            return plan(config.model_copy(update={"dtype": None, "out_dtype": out_dtype}), *args)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            refuse(f"{first_line(error)}; give files that hold the same tensors, or see mergekit-pytorch --help")
 
     script["plan_flat_merge"] = plan_with_one_rounding
     context.call_on_close(functools.partial(script.__setitem__, "plan_flat_merge", plan))

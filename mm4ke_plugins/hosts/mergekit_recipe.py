@@ -118,13 +118,20 @@ def _problems(part: object, reader: type[BaseModel], spec: MergeMethodSpec, wher
                 yield from _problems(entry, READERS[key], spec, f"{where}{key}[{index}].")
 
 
-def check_references(config: MergeConfiguration, names: Collection[str] = ()) -> None:
-    """Refuse a model that is no folder and no file here and can't be on a hub. names: of merges that will be there."""
+def check_references(config: MergeConfiguration, names: Collection[str], options: MergeOptions) -> None:
+    """Refuse models that are neither here nor on a hub. names: of merges, whose results will be here."""
     for model in config.referenced_models():
+        path = model.model.path
+        if path in names or Path(path).is_file():
+            continue
         key = "base_model" if model == config.base_model else "models"
-        for part in filter(None, (model.model, model.lora)):
-            if part.path not in names and _looks_local(part.path) and not Path(part.path).exists():
-                refuse(f"{key}: {part.path}: no such folder; give a model's folder or a hub id such as org/name")
+        _check_location(model, key, config.base_model, options)
+        try:
+            model.config(options.trust_remote_code)
+        except (OSError, RuntimeError, ValueError) as error:
+            refuse(
+                f"{key}: {model}: no merge of this name ({', '.join(sorted(names))}) and no model: {first_line(error)}"
+            )
 
 
 def _looks_local(path: str) -> bool:
