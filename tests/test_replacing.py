@@ -149,7 +149,8 @@ def test_names_decide_where_there_is_no_record(tmp_path):
     assert users_files(tmp_path, {"ours", "sub/ours"}.__contains__) == ["theirs"]
     note_files(tmp_path)
     assert users_files(tmp_path, set().__contains__) == []
-    os.utime(tmp_path / "ours")
+    later = (tmp_path / RECORD).stat().st_mtime_ns + 1_000_000_000
+    os.utime(tmp_path / "ours", ns=(later, later))
     assert users_files(tmp_path, set().__contains__) == ["ours"]
 
 
