@@ -9,6 +9,7 @@
     checkpoint.py   a model on disk as files of tensors
     knowledge_delta.py   an edit as a small file: delta_encoding.py its numbers, delta_manifest.py what it says of itself,
                     delta_merging.py what it makes of a base; live_delta.py on a model in memory, delta_commands.py on disk
+    replacing.py    which folders a command may replace
     sweep.py        the choice of weight and density
     activation.py   how unmodified hosts find us
     hosts/          one thin adapter for each host

@@ -44,6 +44,7 @@ from .errors import MM4KEError, first_line
 from .files import refused_in_one_line, written_aside
 from .knowledge_delta import KnowledgeDelta, is_delta, load_delta, save_delta
 from .model_names import model_names, read_config, tied_as_before, ties_in, untied
+from .replacing import RECORD
 
 # An output head that a base ties and an edit unties, and beside it what was model.safetensors.
 HEAD_FILE, TIED_FILE = "model-untied-head.safetensors", "model-tied.safetensors"
@@ -51,6 +52,10 @@ WEIGHT_MAP = re.compile(r'"weight_map"\s*:\s*\{')
 
 # Other forms of a model's weights. Beside new weights they would be the old model.
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+
+# What mergekit leaves in a result: its recipe, and a sentence in the model card.
+MERGE_RECIPE = "mergekit_config.yml"
+MERGE_CARD = "merge of pre-trained language models created using [mergekit]"
 
 
 # ---- extract ----
@@ -386,7 +391,12 @@ def _write_model(
     names_in: dict[Path, list[str]] = {}
     for name, file in tensor_files(source).items():
         names_in.setdefault(file, []).append(name)
-    others = [path for path in sorted(source.iterdir()) if path.is_file() and path.suffix not in WEIGHTS]
+    left_out = _of_merge(source)
+    others = [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file() and path.suffix not in WEIGHTS and path.name not in left_out
+    ]
     size = sum(path.stat().st_size for path in names_in)
     with (
         refused_in_one_line(output),
@@ -415,6 +425,16 @@ def _write_model(
         for name, text in files.texts.items():
             if text is not None:
                 (folder / name).write_bytes(text.encode())
+
+
+def _of_merge(folder: Path) -> set[str]:
+    """The files that say how mergekit made a model. Of another model they would be wrong, and would make its folder
+    one that the next merge may replace."""
+    names = {RECORD, MERGE_RECIPE}
+    card = folder / "README.md"
+    if (folder / MERGE_RECIPE).is_file() or card.is_file() and MERGE_CARD in card.read_text("utf-8", "replace"):
+        names.add(card.name)
+    return names
 
 
 @contextmanager

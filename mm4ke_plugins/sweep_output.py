@@ -25,6 +25,7 @@ from rich.text import Text
 from .errors import MM4KEError
 from .files import refused_in_one_line, written_aside
 from .knowedit.metrics import METRICS
+from .replacing import refuse_to_replace, users_files
 from .report.figures import MARKERS
 from .sweep import DEFAULT, HALVES, Point, title
 
@@ -142,6 +143,9 @@ def _with_untouched(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 # ---- files ----
 
+FIGURES = {f"{name}.{kind}" for name in ("weight", "density", "pareto") for kind in ("svg", "png")}
+FILES = {"sweep.json", "sweep.csv", "merge.yaml"} | FIGURES
+
 
 def check_output(output: Path) -> None:
     """Refuse to replace anything but an earlier sweep or an empty folder, and a place where nothing can be written."""
@@ -150,10 +154,12 @@ def check_output(output: Path) -> None:
         raise MM4KEError(f"{output}: {place} is no folder that can be written to; give another place")
     if os.path.ismount(output):
         raise MM4KEError(f"{output}: is a mount point, which can't be replaced in one step; give a folder in it")
-    if not output.exists() or (output / "sweep.json").is_file():
+    if not output.exists():
         return
-    if not output.is_dir() or any(output.iterdir()):
+    is_sweep = (output / "sweep.json").is_file()
+    if not output.is_dir() or (not is_sweep and any(output.iterdir())):
         raise MM4KEError(f"{output}: exists and is no earlier sweep; remove it or give another folder")
+    refuse_to_replace(output, "exists and is more than an earlier sweep", users_files(output, FILES.__contains__))
 
 
 def write(result: dict[str, Any], output: Path) -> None:

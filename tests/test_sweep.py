@@ -406,10 +406,16 @@ def test_the_command_from_grid_to_merged_model(home, tmp_path):
 def test_an_earlier_sweep_is_replaced_and_nothing_else(result, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("sweep.json", "stale"):
+    for name in ("sweep.json", "merge.yaml", "pareto.png"):
         (out / name).touch()
     write(result, out)
-    assert not (out / "stale").exists() and json.loads((out / "sweep.json").read_text())
+    assert json.loads((out / "sweep.json").read_text()) and (out / "pareto.png").stat().st_size
+    (out / "notes.txt").touch()
+    with pytest.raises(
+        MM4KEError, match="out: exists and is more than an earlier sweep: notes.txt would be lost; mov"
+    ):
+        write(result, out)
+    assert (out / "notes.txt").exists() and (out / "pareto.png").stat().st_size
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(MM4KEError, match="mine: exists and is no earlier sweep; remove it or give another folder"):

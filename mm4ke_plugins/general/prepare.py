@@ -8,15 +8,18 @@ LogiQA are `mm4ke_squadv2` and `mm4ke_logiqa`, as in the package.
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import MM4KEError
 from ..files import alone_in, refused_in_one_line, written_aside
+from ..replacing import refuse_to_replace, users_files
 from .sources import BENCHMARKS, SUFFIXES, Table, UnknownFile, read_source
 
 OWN_TASKS = Path(__file__).parent / "tasks"
+MADE_BY = "Made by `mm4ke prepare-data` from:"
 
 
 def find_files(sources: Iterable[Path], output: Path) -> list[tuple[Path, bool]]:
@@ -71,7 +74,7 @@ def _name(table: Table) -> str:
 def write_benchmarks(tables: list[Table], output: Path) -> None:
     """Write a folder for each benchmark, replacing an older one; nothing is replaced before all are complete.
 
-    Raises MM4KEError where lm_eval is not installed: the tasks are its own.
+    Raises MM4KEError where lm_eval is not installed: the tasks are its own; where a folder has other files.
     """
     lm_eval = importlib.util.find_spec("lm_eval")
     if lm_eval is None:
@@ -83,12 +86,28 @@ def write_benchmarks(tables: list[Table], output: Path) -> None:
     by_benchmark: dict[str, list[Table]] = {}
     for table in tables:
         by_benchmark.setdefault(table.benchmark, []).append(table)
+    for name in by_benchmark:
+        _check_replaceable(output / name)
     with refused_in_one_line(output, "give a folder that can be written to"), alone_in(output), ExitStack() as stack:
         folders = {name: stack.enter_context(written_aside(output / name)) for name in by_benchmark}
         for name, parts in by_benchmark.items():
             _write_tables(parts, folders[name])
             for file, text in _task_files(name, parts, output / name, lm_eval_tasks).items():
                 (folders[name] / file).write_text(text, encoding="utf-8")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse a folder that holds anything but what we write there, such as the raw files."""
+    if not folder.exists():
+        return
+    readme = folder / "README.md"
+    is_ours = readme.is_file() and MADE_BY in readme.read_text(encoding="utf-8", errors="replace")
+    if not folder.is_dir() or (not is_ours and any(folder.iterdir())):
+        raise MM4KEError(f"{folder}: exists and was not prepared by mm4ke; remove it or choose another --output")
+    known = re.compile(r"README\.md|[^/]+\.yaml|[^/]+/[^/]+\.parquet")
+    refuse_to_replace(
+        folder, "holds more than prepared data", users_files(folder, lambda name: bool(known.fullmatch(name)))
+    )
 
 
 def _write_tables(tables: list[Table], folder: Path) -> None:
@@ -105,7 +124,7 @@ def _write_tables(tables: list[Table], folder: Path) -> None:
         configs.setdefault(table.config, []).append(line)
     head = "".join(f"- config_name: {name}\n  data_files:\n{''.join(lines)}" for name, lines in configs.items())
     sources = "".join(f"- {table.source}\n" for table in tables)
-    text = f"---\nconfigs:\n{head}---\nMade by `mm4ke prepare-data` from:\n\n{sources}"
+    text = f"---\nconfigs:\n{head}---\n{MADE_BY}\n\n{sources}"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -10,7 +10,6 @@ is half-imported when PyTorch calls us. So the method itself checks all that it 
 """
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +30,11 @@ from mergekit.merge_methods.base import (
 from pydantic import Field
 
 from ..delta import merge
-from ..errors import MM4KEError, report_in_one_line
+from ..errors import report_in_one_line
 from ..files import refused_in_one_line, written_aside
+from ..replacing import note_files
 from . import MERGEKIT
+from .mergekit_output import check_output
 
 # Weights beyond 1 (more than the training did) and below 0 (forgetting) are known practice; 80 is a percentage.
 Weight = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
@@ -60,6 +61,11 @@ class KnowledgeMerge(MergeMethod):
         # An output head that only the base stores is the base's.
         optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
     )
+
+    def _execute_resolved(self, groups, parameters, *, dtype=None, out_dtype=None, batch_options=None):
+        """`dtype` is that of the result, as in recipes: to cast the inputs to it would round them before the delta."""
+        result = {"out_dtype": out_dtype or dtype, "batch_options": batch_options}
+        return super()._execute_resolved(groups, parameters, **result)
 
     # GroupMergeMethod would hand over tensors that are cast to the widest dtype already, and the base's would be lost.
     def _execute(
@@ -96,16 +102,33 @@ def register(module) -> None:
 
 
 def register_method(registry) -> None:
-    """Make the method known by its name, unless an entry point (see third_party_patches) has done so."""
+    """Make the method known by its name, unless an entry point (see third_party_patches) has done so, and have
+    mergekit's commands check their recipes."""
     if METHOD.spec.name not in {method.spec.name for method in registry.registered_methods()}:
         registry.register(METHOD)
+    from mergekit.options import MergeOptions
+
+    apply_global_options = MergeOptions.apply_global_options
+
+    @functools.wraps(apply_global_options)
+    def check_command_and_apply(options):
+        from .mergekit_commands import check_command  # not before mergekit is imported as a whole
+
+        check_command(options, METHOD.spec)
+        return apply_global_options(options)
+
+    # What each of the commands that read a recipe calls first.
+    MergeOptions.apply_global_options = check_command_and_apply
 
 
 def replace_run_merge(module) -> None:
     """Have recipes with our method checked first and their result written aside; all others run as before."""
+    from .mergekit_caches import models_as_they_are
+    from .mergekit_commands import check_method, for_legacy
     from .mergekit_delta import deltas_as_models
     from .mergekit_heads import Heads
-    from .mergekit_recipe import check_models, check_recipe
+    from .mergekit_plan import Planner
+    from .mergekit_recipe import check_models, check_recipe, write_vocabulary_size
     from .mergekit_stream import StreamingExecutor
 
     run_merge = module.run_merge
@@ -113,7 +136,10 @@ def replace_run_merge(module) -> None:
     @contextmanager
     def own_parts():
         """For as long as this is open `run_merge` works with our parts; otherwise mergekit's names are mergekit's."""
-        ours = {"Executor": functools.partial(StreamingExecutor, METHOD.spec.name)}
+        ours = {
+            "MergePlanner": functools.partial(Planner, METHOD.spec.name),
+            "Executor": functools.partial(StreamingExecutor, METHOD.spec.name),
+        }
         theirs = {name: getattr(module, name) for name in ours}
         vars(module).update(ours)
         try:
@@ -123,22 +149,28 @@ def replace_run_merge(module) -> None:
 
     @functools.wraps(run_merge)
     def check_and_run_merge(merge_config, out_path, options, config_source=None):
+        check_method(merge_config.merge_method, METHOD.spec)
         if merge_config.merge_method != METHOD.spec.name:
             return run_merge(merge_config, out_path, options, config_source)
         report_in_one_line()
         MERGEKIT.require_supported(f"merge_method: {METHOD.spec.name}")
+        merge_config = for_legacy(merge_config, METHOD.spec)
         config_source = config_source or merge_config.to_yaml()
         check_recipe(merge_config, config_source, METHOD.spec)
         check_output(out_path, merge_config)
-        with deltas_as_models(merge_config, options) as (config, names):
+        with models_as_they_are(), deltas_as_models(merge_config, options) as (config, names):
             check_models(config, options)
             heads = Heads(config)
             with refused_in_one_line(Path(out_path)), written_aside(Path(out_path).resolve()) as folder, own_parts():
                 run_merge(round_at_the_end(config), str(folder), options, config_source)
+                if options.unsafe_truncate_embeddings:
+                    write_vocabulary_size(folder, config, options)
                 heads.write(folder)
                 card = folder / "README.md"
                 for path, name in names.items() if card.is_file() else ():
                     card.write_text(card.read_text(encoding="utf-8").replace(path, name), encoding="utf-8")
+                note_files(folder)
+                check_output(out_path, merge_config)  # a merge takes minutes, in which much can be put there
 
     module.run_merge = check_and_run_merge
 
@@ -152,16 +184,3 @@ def round_at_the_end(merge_config):
         return merge_config
     out_dtype = merge_config.out_dtype or merge_config.dtype
     return merge_config.model_copy(update={"dtype": "float32", "out_dtype": out_dtype})
-
-
-def check_output(out_path: str, merge_config) -> None:
-    """Refuse to replace anything but an empty folder or an earlier result, and anything that the merge reads."""
-    folder = Path(out_path).resolve()
-    if any(folder == Path(model.model.path).resolve() for model in merge_config.referenced_models()):
-        raise MM4KEError(f"{out_path}: is one of the models to merge; give another folder for the result")
-    if os.path.ismount(folder):
-        raise MM4KEError(f"{out_path}: is a mount point, which can't be replaced in one step; give a folder in it")
-    if not folder.exists() or (folder / "mergekit_config.yml").is_file():
-        return
-    if not folder.is_dir() or any(folder.iterdir()):
-        raise MM4KEError(f"{out_path}: exists and is no earlier result of mergekit; remove it or give another folder")

@@ -25,6 +25,7 @@ from ..delta_merging import check_base, names_for, places_of
 from ..errors import MM4KEError
 from ..files import scratch_folder
 from ..knowledge_delta import KnowledgeDelta, load_delta
+from .mergekit_caches import open_model
 
 EDITED = "edited.safetensors"
 
@@ -50,7 +51,7 @@ def deltas_as_models(
         folders = {}
         for number, (name, path) in enumerate(deltas.items()):
             folders[name] = str(Path(aside, str(number), path.name))
-            _write_model(_unfinished(path), config.base_model, Path(folders[name]))
+            _write_model(_unfinished(path), config.base_model, Path(folders[name]), options)
         replaced = _replaced(config.model_dump(mode="json", exclude_none=True), folders)
         yield MergeConfiguration.model_validate(replaced), {folder: name for name, folder in folders.items()}
 
@@ -69,9 +70,9 @@ def _unfinished(path: Path) -> KnowledgeDelta:
     return delta
 
 
-def _write_model(delta: KnowledgeDelta, base: ModelReference, folder: Path) -> None:
+def _write_model(delta: KnowledgeDelta, base: ModelReference, folder: Path, options: MergeOptions) -> None:
     """The edited model: its own tensors, and references to the base's."""
-    index = LoaderCache().get(base).index
+    index = open_model(base, options)
     if not index.is_safetensors:
         raise MM4KEError(f"base_model: {base}: not in safetensors format; save the model in safetensors format")
     weight_map = {name: str(Path(index.base_path, file).resolve()) for name, file in index.tensor_paths.items()}
