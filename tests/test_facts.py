@@ -511,8 +511,9 @@ def test_the_same_in_another_spelling(text, other):
         ("10:30", "1030"), ("1/2", "12"), ("½", "12"), ("5²", "52"), ("5 °C", "5 C"), ("5%", "5"), ("5′", "5″"),
         ("A+", "A-"), ("A", "A-"), ("NET", ".NET"), ("AT&T", "ATT"), ("__init__", "init"), ("f(x)", "fx"),
         ("print", "print()"), ("?", "!"), ("What does {} mean?", "What does [] mean?"),
-        ("What does ? match?", "What does . match?"), ("What is []?", "What is {}?"), ("x != y", "x = y"), ("What is 5!?", "What is 5?"),
-        ("Café", "Cafe"), ("مرحبا", "مرحب"),
+        ("What does ? match?", "What does . match?"), ("What is []?", "What is {}?"), ("x != y", "x = y"), ("What is 5!?", "What is 5?"), ("What is 5! ?", "What is 5 ?"),
+        ("Café", "Cafe"), ("气温是-5度", "气温是5度"), ("A-型", "A型"), ("中{}是什么", "中[]是什么"),
+        ("print()是什么", "print是什么"), ("مرحبا", "مرحب"),
     ],
 )  # fmt: skip
 def test_what_punctuation_and_symbols_tell_apart(text, other):

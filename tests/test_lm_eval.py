@@ -182,6 +182,16 @@ def test_probes_that_no_task_asks_are_mentioned(tmp_path, caplog):
     assert (doc["axis"], doc["prompt"], doc["target"]) == ("Inverse", "Is it so?", "yes")
 
 
+def test_the_tasks_ask_what_facts_keeps(tmp_path):
+    facts = [RECORDS[0], RECORDS[0], RECORDS[1] | {"target_new": "nobody"}, RECORDS[1], RECORDS[2]]
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    asked = partial(documents, "knowedit_facts", knowedit_file=str(tmp_path / "facts.json"), knowedit_limit=4)
+    for metric, axis in (("edit_success", ""), ("portability", "Subject_Aliasing")):
+        docs = asked(metric, axis)["test"]
+        assert [(doc["record"], doc["record_id"]) for doc in docs] == [(0, "facts.json:0"), (3, "facts.json:3")]
+    assert asked("edit_success")["test"][1]["target"] == RECORDS[1]["target_new"]
+
+
 # ---- the scores ----
 
 

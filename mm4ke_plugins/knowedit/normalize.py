@@ -26,7 +26,8 @@ SET_APART = {"-", *"«»“”„‹›"}
 EMPTY_PAIR = re.compile(r"\(\)|\[\]|\{\}")
 ABBREVIATION = re.compile(r"\b[^\W\d_](?:(?:\.[^\W\d_])+\.|(?:\.[^\W\d_]){2,}\b)")
 CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-BESIDE_CJK = re.compile(rf"(?<=[{CJK}])\s+|\s+(?=[{CJK}])")
+MARK_BESIDE_CJK = re.compile(rf"(?<=[{CJK}])\W|\W(?=[{CJK}])")
+SPACE_BESIDE_CJK = re.compile(rf"(?<=[{CJK}])\s+|\s+(?=[{CJK}])")
 
 
 def normalize(text: str) -> str:
@@ -35,12 +36,13 @@ def normalize(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold()
     text = "".join(_dash_or_nothing(char) for char in unicodedata.normalize("NFKC", text))
     text = ABBREVIATION.sub(lambda match: match[0].replace(".", ""), text)
-    text = re.sub(rf"(?<=[{CJK}])(\W)|(\W)(?=[{CJK}])", _space_for_mark, text)
+    text = MARK_BESIDE_CJK.sub(_space_for_mark, text)
     words = [word for word in text.split() if word not in SET_APART]
+    count = len(words)
     while words and all(map(_is_mark, words[-1])) and not EMPTY_PAIR.search(words[-1]):
         words.pop()
-    cleaned = [_word(word, is_last=place == len(words) - 1) for place, word in enumerate(words)]
-    return BESIDE_CJK.sub("", " ".join(" ".join(cleaned).split())) or text
+    cleaned = [_word(word, is_last=place == count - 1) for place, word in enumerate(words)]
+    return SPACE_BESIDE_CJK.sub("", " ".join(" ".join(cleaned).split())) or text
 
 
 def _dash_or_nothing(char: str) -> str:
@@ -56,8 +58,13 @@ def _is_mark(char: str) -> bool:
 
 
 def _space_for_mark(match: re.Match) -> str:
-    """Between Chinese and Japanese characters punctuation needs no space, and says what a space would."""
-    return " " if _is_mark(match[0]) else match[0]
+    """Beside Chinese and Japanese characters punctuation needs no space, and says what a space would."""
+    mark, text, place = match[0], match.string, match.start()
+    if mark in "-.":  # 是-5, A-型
+        is_meant = any(char.isalnum() and not re.match(f"[{CJK}]", char) for char in text[place - 1 : place + 2])
+    else:
+        is_meant = EMPTY_PAIR.match(text, place) or (place and EMPTY_PAIR.match(text, place - 1))
+    return " " if _is_mark(mark) and not is_meant else mark
 
 
 def _word(word: str, is_last: bool) -> str:
