@@ -27,6 +27,11 @@ EMPTY_PAIR = re.compile(r"\(\)|\[\]|\{\}")
 ABBREVIATION = re.compile(r"\b[^\W\d_](?:(?:\.[^\W\d_])+\.|(?:\.[^\W\d_]){2,}\b)")
 CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 MARK_BESIDE_CJK = re.compile(rf"(?<=[{CJK}])\W|\W(?=[{CJK}])")
+APOSTROPHE = re.compile(r"(?<=[^\W_])'(?=[^\W_])")
+# At least on one side a letter; what stands beside Chinese was looked at before.
+BETWEEN_LETTERS = re.compile(
+    rf"(?<![{CJK}])(?:(?<=[^\W_])[-,;\"“”«»](?=[^\W\d_])|(?<=[^\W\d_])[-,;\"“”«»](?=[^\W_]))(?![{CJK}])"
+)
 SPACE_BESIDE_CJK = re.compile(rf"(?<=[{CJK}])\s+|\s+(?=[{CJK}])")
 
 
@@ -77,8 +82,7 @@ def _word(word: str, is_last: bool) -> str:
     while _is_mark(word[end - 1]) and not _is_meant(word[:end], end - 1, is_last and end == len(word)):
         end -= 1
     word = word[start:end]
-    word = re.sub(r"(?<=[^\W_])'(?=[^\W_])", "", word)
-    return re.sub(r"(?<=[^\W_])[-,;\"“”«»](?=[^\W\d_])|(?<=[^\W\d_])[-,;\"“”«»](?=[^\W_])", " ", word)
+    return BETWEEN_LETTERS.sub(" ", APOSTROPHE.sub("", word))
 
 
 def _is_meant(word: str, place: int, is_last: bool) -> bool:
