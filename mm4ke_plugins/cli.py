@@ -51,7 +51,8 @@ def facts(files: tuple[Path, ...], output: Path, name: str, limit: int | None, a
 
     FILE is KnowEdit (ZsRE, wiki_recent, wiki_counterfact, WikiBio), zsRE (MEND's), CounterFact (EasyEdit's or ROME's),
     MQuAKE, QAEdit, HalluEditBench, WikiBigEdit, CKnowEdit, or JSON, JSONL or CSV with prompt and target_new. The
-    commands that score a model read the same FILE with the same --limit, and ask what is kept here.
+    commands that score a model read the same FILE with the same --limit, and ask what is kept here (of one FILE: they
+    don't see contradictions between several).
     """
     from .knowedit.dataset import consistent_records, write_dataset
     from .knowedit.records import read_records

@@ -353,7 +353,7 @@ def test_what_is_changed_or_left_out_is_said(tmp_path, capsys):
     assert [record.prompt for record in read_records(path)] == ["Oz is ruled by"]
     assert capsys.readouterr().err.splitlines() == [
         f"warning: {path}: record 0 (0-based): alt: empty: left out, as EasyEdit does",
-        f"{path}: 1 of 1 prompts with the subject put for {{}}: 'Oz is ruled by' ({path}: record 1 (0-based))",
+        f"{path}: the subject is put for {{}}, records: 1, such as 'Oz is ruled by' ({path}: record 1 (0-based))",
     ]
 
 

@@ -128,9 +128,7 @@ def read_records(path: Path, limit: int | None = None) -> list[Record]:
         click.echo(f"warning: {path}: {len(notes) - NOTES_SHOWN} more of this kind", err=True)
     if filled:
         example = f"{filled[0].prompt!r:.100} ({filled[0].place})"
-        click.echo(
-            f"{path}: {len(filled)} of {len(records)} prompts with the subject put for {{}}: {example}", err=True
-        )
+        click.echo(f"{path}: the subject is put for {{}}, records: {len(filled)}, such as {example}", err=True)
     return records
 
 
