@@ -312,7 +312,7 @@ MQUAKE = {
          "question": "Where does chess come from?"},
     ],
     "questions": ["Where is Ann's game from?", "Ann's game is from which land?"],
-    "answer": "Ur", "new_answer": "Oz", "single_hops": [{}, {}],
+    "answer": "Ur", "new_answer": "Oz", "new_answer_alias": ["Ozland"], "single_hops": [{}, {}],
 }  # fmt: skip
 
 
@@ -323,8 +323,8 @@ def test_mquake_has_several_facts_in_a_case(tmp_path):
     assert (first.prompt, first.target_new, first.ground_truth) == ("Ann plays", "chess", ["go"])
     assert (first.rephrase_prompts, first.portability) == (["What does Ann play?"], {})
     assert (second.prompt, second.rephrase_prompt) == ("chess comes from", "Where does chess come from?")
-    assert second.portability == {"2_hop": [Probe(question, ["Oz"]) for question in MQUAKE["questions"]]}
-    assert third.portability == {"multi_hop": [Probe("Ann's?", ["Oz"])]}
+    assert second.portability == {"2_hop": [Probe(question, ["Oz", "Ozland"]) for question in MQUAKE["questions"]]}
+    assert third.portability == {"multi_hop": [Probe("Ann's?", ["Oz", "Ozland"])]}
     assert [record.id for record in (first, second, third)] == ["in.json:0.0", "in.json:0.1", "in.json:1"]
     assert second.place == f"{path}: record 0 (0-based, fact 1)"
     assert read_records(path, limit=1) == [first, second]

@@ -36,7 +36,7 @@ REPHRASE = ("rephrase_prompt", "rephrase_prompts", "rephrase", "paraphrase_promp
 # Where WikiBio's keys differ from those of the other KnowEdit files.
 WIKIBIO = {PROMPT: ("text",), TARGET: ("labels",), SUBJECT: ("concept",)}
 PROBES = ("portability", "locality", "locality_prompt", "locality_ground_truth", "loc", "loc_ans",
-          "neighborhood_prompts", "questions", "new_answer", "mhop", "mhop_ans", "personas")  # fmt: skip
+          "neighborhood_prompts", "questions", "new_answer", "new_answer_alias", "mhop", "mhop_ans", "personas")  # fmt: skip
 HALLUEDIT = ("question", "object", "paraphrased_question", "yes_question", "no_question", "locality_question",
              "multiple_choice_with_letters", "multiple_choice_labels", "reversed_relation_question",
              *(f"{part}_{hops}hop" for hops in range(2, 7) for part in ("question", "answer")))  # fmt: skip
@@ -198,7 +198,8 @@ class Row:
         hops = raw.get("new_single_hops") or raw.get("single_hops")
         axis = f"{len(hops)}_hop" if isinstance(hops, list) else "multi_hop"
         for number, question in enumerate(self._list(raw.get("questions"), "questions")):
-            self._add(fact, "portability", axis, question, raw.get("new_answer"), f"questions[{number}]")
+            answers = [raw.get("new_answer"), raw.get("new_answer_alias")]
+            self._add(fact, "portability", axis, question, answers, f"questions[{number}]")
         self._add(fact, "portability", "personas", raw.get("personas"), fact["target_new"], "personas")
         self._add(fact, "portability", "mhop", raw.get("mhop"), raw.get("mhop_ans"), "mhop")
         for prompt, truth in (("locality_prompt", "locality_ground_truth"), ("loc", "loc_ans")):

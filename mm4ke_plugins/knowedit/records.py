@@ -59,18 +59,18 @@ NOTES_SHOWN = 5
 class Record:
     """One fact, and the probes that measure what editing it did. The probes are keyed by KnowEdit's axes.
 
-    subject:         what the fact is about; None where the file does not say
-    prompt:          the question, exactly as it is trained
-    target_new:      the answer that the model shall learn
-    ground_truth:    the answers from before the edit; may be empty
+    subject:          what the fact is about; None where the file does not say
+    prompt:           the question, exactly as it is trained
+    target_new:       the answer that the model shall learn
+    ground_truth:     the answers from before the edit; may be empty
     rephrase_prompts: the same question in other words; all are asked, and their mean counts
-    portability:     axis ("Reasoning", "Subject_Aliasing", "Logical_Generalization", ...) -> questions whose answer
-                     follows from the fact
-    locality:        axis ("Relation_Specificity", "Forgetfulness", "neighborhood", ...) -> questions whose answer must
-                     stay what it was
-    source, index:   the file, and the record's place in it counted from 0
-    line:            the line it starts on in a JSONL or CSV file, counted from 1; None in a JSON list
-    part:            which of the facts of one case (MQuAKE), counted from 0; None elsewhere
+    portability:      axis ("Reasoning", "Subject_Aliasing", "Logical_Generalization", ...) -> questions whose answer
+                      follows from the fact
+    locality:         axis ("Relation_Specificity", "Forgetfulness", "neighborhood", ...) -> questions whose answer
+                      must stay what it was
+    source, index:    the file, and the record's place in it counted from 0
+    line:             the line it starts on in a JSONL or CSV file, counted from 1; None in a JSON list
+    part:             which of the facts of one case (MQuAKE), counted from 0; None elsewhere
     """
 
     subject: str | None
