@@ -179,7 +179,7 @@ class Row:
         asked = [
             ("yes_no", raw.get("yes_question"), "Yes"),
             ("yes_no", raw.get("no_question"), "No"),
-            ("multiple_choice", choices and f"{fact['prompt']} {choices}", raw.get("multiple_choice_labels")),
+            ("multiple_choice", choices and f"{raw['question']} {choices}", raw.get("multiple_choice_labels")),
             ("reversed", raw.get("reversed_relation_question"), fact["subject"]),
         ]
         asked += [

@@ -1,7 +1,7 @@
 """Facts to edit into a model, read from the files that knowledge editing and its users have.
 
-Which format a file has is seen from its content, not from its name. Below a field of `Record` are the keys that it is
-read from; of several in one record the first counts.
+Which format a file has is seen from its content, not from its name. Beside a field of `Record` are the keys that it
+is read from; of several in one record the first counts.
 
     subject             subject; WikiBio: concept
     prompt              prompt, src (zsRE of MEND and LocFT), update (WikiBigEdit); WikiBio: text;
