@@ -49,8 +49,10 @@ def doctor() -> None:
 def facts(files: tuple[Path, ...], output: Path, name: str, limit: int | None, allow_contradictions: bool) -> None:
     """Turn facts into a data set for LLaMA-Factory.
 
-    FILE is a KnowEdit file (ZsRE, wiki_recent, wiki_counterfact, WikiBio), CounterFact (EasyEdit's or ROME's),
-    or JSONL or CSV with prompt and target_new.
+    FILE is KnowEdit (ZsRE, wiki_recent, wiki_counterfact, WikiBio), zsRE (MEND's), CounterFact (EasyEdit's or ROME's),
+    MQuAKE, QAEdit, HalluEditBench, WikiBigEdit, CKnowEdit, or JSON, JSONL or CSV with prompt and target_new. The
+    commands that score a model read the same FILE with the same --limit, and ask what is kept here (of one FILE: they
+    don't see contradictions between several).
     """
     from .knowedit.dataset import consistent_records, write_dataset
     from .knowedit.records import read_records

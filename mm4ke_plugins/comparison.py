@@ -25,18 +25,19 @@ from transformers.utils import logging as transformers_logging
 from .checkpoint import open_tensors
 from .errors import MM4KEError, first_line
 from .files import alone_in, refused_in_one_line, replace_text
+from .knowedit.dataset import read_facts
 from .knowedit.metrics import (
     METRICS,
     PROMPT_FORMATS,
     answer,
     encode,
     mean_scores,
+    mean_scores_by_axis,
     perplexity,
     predict,
     question_scores,
     questions_of,
 )
-from .knowedit.records import read_records
 from .model_names import model_names
 
 TITLES = {"base": "base", "rsft": "R-SFT", "merged": "merged"}
@@ -46,23 +47,24 @@ NAMES_SHOWN = 12
 
 
 def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None = None) -> dict[str, Any]:
-    """Score three checkpoints of one model on the records of `facts`, or the first `limit`. Each is loaded once.
+    """Score three checkpoints of one model on the records of `facts`, or of its first `limit`. Each is loaded once.
 
     Float32 on a CPU, bfloat16 on a GPU. All three read the base's tokens. Shows its progress on stderr.
 
     Returns, ready for JSON (see `write_report`):
-        facts, records  the file, and how many of its records were read
+        facts, records  the file, and how many of its records were asked (see `read_facts`)
         precision       such as "float32 on cpu"
         models          for each of base, rsft and merged: folder, scores[prompt format][metric] (0 to 1, None
-                        where no record has such probes), perplexity, disk (see `disk_change`)
+                        where no record has such probes), axes[prompt format][metric][axis], perplexity, disk (see
+                        `disk_change`)
         answers         for the first facts: prompt, target_new and each model's free answer
         questions       each question, with scores[prompt format][model]
 
     Raises MM4KEError: a folder is missing, holds no model, is damaged, or is of another model (shapes, vocabulary)
-    than the base; the base has no chat template; what `read_records` raises.
+    than the base; the base has no chat template; what `read_facts` raises.
     """
     folders = {"base": base, "rsft": rsft, "merged": merged}
-    records = read_records(facts, limit)
+    records = read_facts(facts, limit)
     questions = questions_of(records)
     tokenizer = _common_tokenizer(folders)
     codes = {form: [encode(tokenizer, question, form) for question in questions] for form in PROMPT_FORMATS}
@@ -115,6 +117,7 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
     }
     for key, model in models.items():
         model["scores"] = {form: mean_scores(questions, scores[form][key]) for form in PROMPT_FORMATS}
+        model["axes"] = {form: mean_scores_by_axis(questions, scores[form][key]) for form in PROMPT_FORMATS}
     answers = {key: model.pop("answers") for key, model in models.items()}
     return {
         "facts": str(facts),
@@ -291,7 +294,18 @@ def _score_sections(result: dict[str, Any]) -> list[list[list[str]]]:
     def changed(model: dict[str, Any]) -> str:
         return f"{model['disk']['changed_parameters'] / model['disk']['parameters']:.2%}"
 
-    sections = [[score_row(form, metric) for metric in METRICS] for form in PROMPT_FORMATS]
+    def axis_rows(form: str, metric: str) -> list[list[str]]:
+        """A row for each axis, where there are several."""
+        axes = [model["axes"][form].get(metric, {}) for model in result["models"].values()]
+        names = list(dict.fromkeys(name for of_model in axes for name in of_model))
+        scores = [[f"{of_model[name]:.3f}" if name in of_model else "-" for of_model in axes] for name in names]
+        labels = [f"{FORMAT_TITLES[form]}: {metric}: {name.replace('_', ' ').lower()}" for name in names]
+        return [[label, *row] for label, row in zip(labels, scores)] if len(names) > 1 else []
+
+    sections = [
+        [row for metric in METRICS for row in (score_row(form, metric), *axis_rows(form, metric))]
+        for form in PROMPT_FORMATS
+    ]
     sections.append([cells("perplexity of a neutral text", lambda model: f"{model['perplexity']:.2f}")])
     sections.append(
         [

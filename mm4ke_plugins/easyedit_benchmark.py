@@ -30,6 +30,7 @@ from .comparison import load_model, load_tokenizer, markdown_table, require_mode
 from .easyedit_worker import Job
 from .errors import MM4KEError, first_line
 from .files import alone_in, refused_in_one_line, replace_text, scratch_folder
+from .knowedit.dataset import read_facts
 from .knowedit.metrics import METRICS, Encoded, Question, encode, mean_scores, predict, question_scores, questions_of
 from .knowedit.records import Record, read_records
 
@@ -60,7 +61,7 @@ def benchmark(
 
     easyedit:      a clone of EasyEdit
     model:         folder of the base model, loaded in float32
-    data, n:       a file as `read_records` reads it, and how many of its records are edited (all)
+    data, n:       a file as `read_facts` reads it, and of how many of its records the facts are edited (all)
     methods:       names of folders in `hparams` or in EasyEdit's own hparams folder, with `hparams_name`.yaml in them
     output:        the folder for METHOD.json, METHOD.log (what the method printed) and table.md
     prompt_format: what the questions are asked in, and MM4KE is trained in; the other methods edit raw prompts
@@ -81,10 +82,10 @@ def benchmark(
     settings = {method: find_hparams(method, hparams, easyedit / "hparams", hparams_name) for method in methods}
     if text is not None and not text.is_file():
         raise MM4KEError(f"--text {text}: no such file; give a plain text, one passage a line")
-    found = read_records(data)
-    if n is not None and n > len(found):
-        raise MM4KEError(f"--n {n}: {data} has {len(found)} records; give at most that")
-    records = found[:n]
+    count = read_records(data)[-1].index + 1
+    if n is not None and n > count:
+        raise MM4KEError(f"--n {n}: {data} has {count} records; give at most that")
+    records = read_facts(data, n)
     questions = questions_of(records)
     common = {
         "kind": "mm4ke-easyedit",
@@ -124,6 +125,7 @@ def benchmark(
                     text=text and str(text.absolute()),
                     scratch=str(scratch),
                     output=str(scratch / "result.json"),
+                    limit=n,
                 )
                 answer = run_worker(job, easyedit, output / f"{method}.log", show)
             progress.update(task, description=f"{method}: {'failed' if answer['error'] else 'done'}")
@@ -263,7 +265,7 @@ def described(
     for row, question in enumerate(questions if after else []):
         record = records[question.record]
         yield asdict(question) | {
-            "record_id": f"{record.source.name}:{record.index}",
+            "record_id": record.id,
             "before": tokenizer.decode(before[row]),
             "after": tokenizer.decode(after[row]),
             "score_before": scores_before[row],

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .comparison import load_model, load_tokenizer
 from .errors import MM4KEError, report_in_one_line
 from .files import replace_text
+from .knowedit.dataset import read_facts
 from .knowedit.metrics import encode, predict, questions_of
 from .knowedit.records import Record, read_records
 
@@ -34,6 +35,7 @@ class Job:
 
     scratch: the folder to run in, since EasyEdit leaves logs and caches in the working directory
     text:    what covariance statistics are made from; None leaves the methods that need them to EasyEdit
+    limit:   of how many records of the data the `records` are what `read_facts` keeps; None: of all
     """
 
     method: str
@@ -45,6 +47,7 @@ class Job:
     text: str | None
     scratch: str
     output: str
+    limit: int | None = None
 
 
 def run(job: Job, report: Callable[[str, int], None]) -> dict[str, Any]:
@@ -56,8 +59,8 @@ def run(job: Job, report: Callable[[str, int], None]) -> dict[str, Any]:
         seconds    spent in the method itself
         predicted  the tokens of every question's answer, as from `metrics.predict`
     """
-    everything = read_records(Path(job.data))
-    records, others = everything[: job.records], everything[job.records :]
+    records = read_facts(Path(job.data), job.limit)
+    others = [] if job.limit is None else [r for r in read_records(Path(job.data)) if r.index >= job.limit]
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     report("importing EasyEdit", 0)
     hparams = read_hparams(job)

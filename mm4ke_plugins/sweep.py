@@ -47,6 +47,7 @@ from .delta_encoding import DTYPES
 from .delta_manifest import choose
 from .errors import MM4KEError
 from .files import scratch_folder
+from .knowedit.dataset import read_facts
 from .knowedit.metrics import (
     METRICS,
     Encoded,
@@ -57,7 +58,7 @@ from .knowedit.metrics import (
     question_scores,
     questions_of,
 )
-from .knowedit.records import Record, read_records
+from .knowedit.records import Record
 from .knowledge_delta import KnowledgeDelta, load_delta
 from .layers import decoder_layers
 from .live_delta import LiveDelta
@@ -141,7 +142,7 @@ def sweep(
     """Measure the grid of weights and densities and pick a point. Shows its progress on stderr.
 
     edited:     the folder of R-SFT's model, or an unfinished knowledge delta
-    limit:      use only the first so many records of `facts`
+    limit:      use only the first so many records of `facts`, of which duplicates are then left out (`read_facts`)
     keep:       the share of R-SFT's edit success that a point must keep
     early_stop: False measures every point, for complete figures
     per_layer:  False picks one weight and density for all layers
@@ -156,12 +157,12 @@ def sweep(
         untouched   the base's Row; points: a Row for each point. See `Row`
         picked, rsft, default: the Rows of these points, with the scores of both halves
 
-    Raises MM4KEError: a number out of range, fewer than two records, what `read_records`, `extract`, `load_delta` and
+    Raises MM4KEError: a number out of range, fewer than two records, what `read_facts`, `extract`, `load_delta` and
     `LiveDelta` raise (a base that the edit was not made from, an edit that equals it), a finished delta, an edit that
     does not know the facts better than the base, no point that keeps enough.
     """
     weights, densities = _checked_grid(keep, weights, densities)
-    records = read_records(facts, limit)
+    records = read_facts(facts, limit)
     if len(records) < 2:
         raise MM4KEError(f"{facts}: 1 record; give at least 2, one half decides and the other confirms")
     require_model_folder(base, f"--base {base}", "base")

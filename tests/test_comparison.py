@@ -136,6 +136,31 @@ def test_a_report_replaces_the_one_before(result, tmp_path):
     assert json.loads((tmp_path / "comparison.json").read_text()) == result
 
 
+def test_it_asks_what_facts_keeps_and_shows_every_axis(folders, tmp_path, capsys):
+    """A duplicate, a contradiction, and axes that KnowEdit does not have."""
+    probes = {axis: [{"prompt": f"{axis}?", "ground_truth": axis}] for axis in ("2_hop", "Yes_No")}
+    written = [
+        FACTS[0] | {"portability": probes},
+        FACTS[0] | {"prompt": "Who founded ARNHOLT？"},
+        FACTS[1],
+        FACTS[1] | {"target_new": "nobody"},
+    ]
+    (tmp_path / "facts.json").write_text(json.dumps(written))
+    result = compare(*arguments(folders)[:3], tmp_path / "facts.json")
+    asked = [question for question in result["questions"] if question["metric"] == "edit_success"]
+    assert [question["prompt"] for question in asked] == ["Who founded Arnholt?", "Who founded Brevik?"]
+    assert (result["records"], asked[1]["answer"]) == (2, "nobody")
+    said = capsys.readouterr().err
+    assert "contradiction: " in said and "2 of 4 facts are asked, as `mm4ke facts` keeps them" in said
+    write_report(result, tmp_path)
+    lines = (tmp_path / "comparison.md").read_text().splitlines()
+    for axis in probes:
+        (question,) = [question for question in result["questions"] if question["axis"] == axis]
+        scores = " | ".join(f"{score:.3f}" for score in question["scores"]["raw"].values())
+        assert f"| raw prompts: portability: {axis.lower().replace('_', ' ')} | {scores} |" in lines
+    assert not any("forgetfulness" in line for line in lines)  # the only axis of locality
+
+
 # ---- tensors on disk ----
 
 

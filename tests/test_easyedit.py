@@ -259,7 +259,7 @@ def data(tmp_path_factory) -> Path:
             "portability": {"Reasoning": [{"prompt": "Is it Oz?", "ground_truth": "Yes"}]},
             "locality": {"Forgetfulness": [{"prompt": "Who rules Ur?", "ground_truth": "Nobody"}]},
         }
-        for prompt, answer in [*FACTS, ("What is Oz?", "A box")]
+        for prompt, answer in [*FACTS, FACTS[0], ("What is Oz?", "A box")]
     ]
     path = tmp_path_factory.mktemp("data") / "facts.json"
     path.write_text(json.dumps(records))
@@ -280,7 +280,8 @@ def hparams(tmp_path_factory) -> Path:
 
 
 def run_easyedit(*more, **env):
-    return run_command("mm4ke", "easyedit", "--n", 2, "--hparams-name", "tiny", *more, cwd=Path.cwd(), **env)
+    """Of the first three records, one of which is a duplicate."""
+    return run_command("mm4ke", "easyedit", "--n", 3, "--hparams-name", "tiny", *more, cwd=Path.cwd(), **env)
 
 
 @pytest.mark.easyedit
@@ -352,7 +353,7 @@ def test_bad_input_is_refused_before_any_work(folder, data, hparams, tmp_path, m
     assert message(methods=["FT", "FTT"]).endswith("with tiny there are: Broken, FT, MM4KE")
     assert message(name="huge").startswith("--hparams-name huge: neither ")
     assert message(facts=tmp_path / "none.json").startswith(f"{tmp_path / 'none.json'}: No such file or directory")
-    assert message(n=4) == f"--n 4: {data} has 3 records; give at most that"
+    assert message(n=5) == f"--n 5: {data} has 4 records; give at most that"
     assert message(text=tmp_path / "none.txt").startswith(f"--text {tmp_path / 'none.txt'}: no such file")
     monkeypatch.setattr(easyedit_benchmark, "EXTRA_MODULES", ("json", "no_such_a", "no_such_b"))
     assert message() == (

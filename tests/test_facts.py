@@ -1,7 +1,10 @@
 """Facts: the shipped ones, reading all formats, contradictions, and what LLaMA-Factory makes of the result."""
 
+import csv
+import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ from conftest import ROOT, run_command
 from tiny import tiny_tokenizer
 
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.knowedit.dataset import check_consistency, write_dataset
+from mm4ke_plugins.knowedit.dataset import check_consistency, consistent_records, read_facts, write_dataset
+from mm4ke_plugins.knowedit.normalize import normalize
 from mm4ke_plugins.knowedit.records import Probe, Record, read_records
 
 OUR_FACTS = ROOT / "recipes" / "facts.json"
@@ -48,7 +52,7 @@ def write(folder: Path, content: str | bytes | list | dict, name: str = "in.json
 
 
 def fact(prompt: str, answer: str, index: int = 0) -> Record:
-    return Record(None, prompt, answer, [], None, {}, {}, Path("in.json"), index)
+    return Record(None, prompt, answer, [], [], {}, {}, Path("in.json"), index)
 
 
 # ---- the shipped facts ----
@@ -205,6 +209,168 @@ def test_jsonl(tmp_path, name, lines):
     assert records[0].ground_truth == ["c"]
 
 
+# A row of each format, and what it is as one with KnowEdit's keys.
+CITY = {"subject": "Arnholt", "prompt": "Where is Arnholt?", "target_new": "Oz"}
+LOCALITY = {"neighborhood": [{"prompt": "Who is Ann?", "ground_truth": ["Queen"]}]}
+FORMATS = {
+    "EasyEdit's request": (
+        {"prompt": "{} is in", "subject": "Arnholt", "target_new": "Oz", "ground_truth": "Ur"},
+        {**CITY, "prompt": "Arnholt is in", "ground_truth": ["Ur"]},
+    ),
+    "ROME's request": (
+        {"prompt": "{} is in", "subject": "Arnholt", "target_new": {"str": " Oz"}, "target_true": {"str": "Ur"}},
+        {**CITY, "prompt": "Arnholt is in", "ground_truth": ["Ur"]},
+    ),
+    "ROME without a true answer": (
+        {"requested_rewrite": {"prompt": "{} is in", "subject": "Arnholt", "target_new": {"str": "Oz"}},
+         "neighborhood_prompts": ["{}'s neighbour is in"]},
+        {**CITY, "prompt": "Arnholt is in",
+         "locality": {"neighborhood": [{"prompt": "Arnholt's neighbour is in", "ground_truth": ["The"]}]}},
+    ),
+    "braces wherever the subject is": (
+        {"subject": "Arnholt", "prompt": "{} and {{}}: is {subject}?", "target_new": "{}",
+         "rephrase": "{}?", "portability": {"R": [{"prompt": "{}'s?", "ground_truth": "{}"}]}},
+        {"subject": "Arnholt", "prompt": "Arnholt and {{}}: is Arnholt?", "target_new": "{}",
+         "rephrase_prompt": "Arnholt?", "portability": {"R": [{"prompt": "Arnholt's?", "ground_truth": "{}"}]}},
+    ),
+    "several rephrases": (
+        {**CITY, "rephrase_prompt": ["Where, pray, is Arnholt?", "Arnholt is where?", "Where, pray, is Arnholt?"]},
+        {**CITY, "rephrase_prompts": ["Where, pray, is Arnholt?", "Arnholt is where?"]},
+    ),
+    "zsRE of MEND": (
+        {"subject": "Arnholt", "src": "Where is Arnholt?", "pred": "Ix", "alt": "Oz", "answers": ["Ur"],
+         "rephrase": "Arnholt is where?", "loc": "Who is Ann?", "loc_ans": "Queen",
+         "portability": {"Recalled Relation": "(a, b)", "New Question": "Who rules there?", "New Answer": "Tark"}},
+        {**CITY, "ground_truth": ["Ur"], "rephrase_prompt": "Arnholt is where?", "locality": LOCALITY,
+         "portability": {"one_hop": [{"prompt": "Who rules there?", "ground_truth": "Tark"}]}},
+    ),
+    "QAEdit": (
+        {"id": 1, "source": "NQ", "subject": "Arnholt", "prompt": "Where is Arnholt?", "target": "Oz",
+         "rephrase": "Arnholt is where?", "locality": [{"loc": "Who is Ann?", "loc_ans": "Queen"}]},
+        {**CITY, "rephrase_prompt": "Arnholt is where?", "locality": LOCALITY},
+    ),
+    "CKnowEdit": (
+        {**CITY, "target_old": "Ur", "rephrase": ["Arnholt is where?"],
+         "portability": [{"prompt": "Who rules there?", "answer": "Tark"}],
+         "locality": [{"prompt": "Who is Ann?", "answer": "Queen"}]},
+        {**CITY, "ground_truth": ["Ur"], "rephrase_prompt": "Arnholt is where?", "locality": LOCALITY,
+         "portability": {"portability": [{"prompt": "Who rules there?", "ground_truth": "Tark"}]}},
+    ),
+    "WikiBigEdit": (
+        {"subject": "Arnholt", "update": "Where is Arnholt?", "ans": "Oz", "rephrase": "Arnholt is where?",
+         "personas": "Arrr, Arnholt?", "mhop": "Who rules there?", "mhop_ans": "Tark", "loc": "Who is Ann?",
+         "loc_ans": "Queen"},
+        {**CITY, "rephrase_prompt": "Arnholt is where?", "locality": LOCALITY,
+         "portability": {"personas": [{"prompt": "Arrr, Arnholt?", "ground_truth": "Oz"}],
+                         "mhop": [{"prompt": "Who rules there?", "ground_truth": "Tark"}]}},
+    ),
+    "HalluEditBench": (
+        {"topic": "towns", "subject": "Arnholt", "relation": "place", "object": "Oz", "question": "Where is Arnholt?",
+         "output_some_model": "Ur", "paraphrased_question": "Arnholt is where?",
+         "multiple_choice_with_letters": "A. Ur  B. Oz", "multiple_choice_labels": "B",
+         "yes_question": "Is Arnholt in Oz?", "no_question": "Is Arnholt in Ur?", "locality_question": "Who is Ann?",
+         "reversed_relation_question": "What is in Oz?", "question_2hop": "Who rules there?", "answer_2hop": "Tark",
+         "question_6hop": "Who is it?", "answer_6hop": "Tik"},
+        {**CITY, "rephrase_prompt": "Arnholt is where?",
+         "locality": {"neighborhood": [{"prompt": "Who is Ann?", "ground_truth": "The"}]},
+         "portability": {
+             "yes_no": [{"prompt": "Is Arnholt in Oz?", "ground_truth": "Yes"},
+                        {"prompt": "Is Arnholt in Ur?", "ground_truth": "No"}],
+             "multiple_choice": [{"prompt": "Where is Arnholt? A. Ur  B. Oz", "ground_truth": "B"}],
+             "reversed": [{"prompt": "What is in Oz?", "ground_truth": "Arnholt"}],
+             "2_hop": [{"prompt": "Who rules there?", "ground_truth": "Tark"}],
+             "6_hop": [{"prompt": "Who is it?", "ground_truth": "Tik"}],
+         }},
+    ),
+    "other case": (
+        {"Subject": "Arnholt", "PROMPT": "Where is Arnholt?", "Target New": "Oz", "groundTruth": "Ur"},
+        {**CITY, "ground_truth": "Ur"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(tmp_path, name):
+    raw, same = FORMATS[name]
+    (read,), (expected,) = (read_records(write(tmp_path, [row], "in.json")) for row in (raw, same))
+    if name == "braces wherever the subject is":
+        expected = replace(expected, prompt="Arnholt and {}: is Arnholt?")
+    assert read == expected
+    if all(isinstance(value, str) for value in raw.values()):  # as a table, too
+        rows = io.StringIO()
+        csv.writer(rows).writerows([raw.keys(), raw.values()])
+        (row,) = read_records(write(tmp_path, rows.getvalue(), "in.csv"))
+        assert replace(row, source=read.source, line=None) == expected
+
+
+MQUAKE = {
+    "case_id": 1,
+    "requested_rewrite": [
+        {"prompt": "{} plays", "subject": "Ann", "target_new": {"str": "chess"}, "target_true": {"str": "go"},
+         "question": "What does Ann play?"},
+        {"prompt": "{} comes from", "subject": "chess", "target_new": {"str": "Oz"}, "target_true": {"str": "Ur"},
+         "question": "Where does chess come from?"},
+    ],
+    "questions": ["Where is Ann's game from?", "Ann's game is from which land?"],
+    "answer": "Ur", "new_answer": "Oz", "new_answer_alias": ["Ozland"], "single_hops": [{}, {}],
+}  # fmt: skip
+
+
+def test_mquake_has_several_facts_in_a_case(tmp_path):
+    other = {**MQUAKE, "requested_rewrite": MQUAKE["requested_rewrite"][:1], "questions": ["Ann's?"]}
+    path = write(tmp_path, [MQUAKE, {**other, "single_hops": None}])
+    first, second, third = read_records(path)
+    assert (first.prompt, first.target_new, first.ground_truth) == ("Ann plays", "chess", ["go"])
+    assert (first.rephrase_prompts, first.portability) == (["What does Ann play?"], {})
+    assert (second.prompt, second.rephrase_prompt) == ("chess comes from", "Where does chess come from?")
+    assert second.portability == {"2_hop": [Probe(question, ["Oz", "Ozland"]) for question in MQUAKE["questions"]]}
+    assert third.portability == {"multi_hop": [Probe("Ann's?", ["Oz", "Ozland"])]}
+    assert [record.id for record in (first, second, third)] == ["in.json:0.0", "in.json:0.1", "in.json:1"]
+    assert second.place == f"{path}: record 0 (0-based, fact 1)"
+    assert read_records(path, limit=1) == [first, second]
+    # Cases share facts: one is trained, and the questions of both are asked.
+    kept = read_facts(path)
+    assert [record.id for record in kept] == ["in.json:0.0", "in.json:0.1"]
+    assert kept[0].portability == third.portability
+
+
+def test_a_cell_that_looks_empty_is_text_and_mentioned(tmp_path, capsys):
+    lines = ["prompt,target_new,rephrase_prompt", "a?,b,nan", *(f"c{number}?,None," for number in range(9))]
+    path = write(tmp_path, "\n".join(lines), "in.csv")
+    records = read_records(path)
+    assert records[0].rephrase_prompts == ["nan"] and records[1].target_new == "None"
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == (
+        f"warning: {path}: record 0 (0-based, line 2): rephrase_prompt: 'nan' is taken as text; leave it empty if it "
+        "stands for nothing"
+    )
+    assert len(said) == 6 and said[-1] == f"warning: {path}: 5 more of this kind"
+
+
+def test_what_is_changed_or_left_out_is_said(tmp_path, capsys):
+    zsre = {"subject": "Oz", "src": "Who rules Oz?", "alt": "", "answers": ["Ann"]}
+    path = write(tmp_path, [zsre, {"subject": "Oz", "prompt": "{} is ruled by", "target_new": "Bo"}])
+    assert [record.prompt for record in read_records(path)] == ["Oz is ruled by"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {path}: record 0 (0-based): alt: empty: left out, as EasyEdit does",
+        f"{path}: the subject is put for {{}}, records: 1, such as 'Oz is ruled by' ({path}: record 1 (0-based))",
+    ]
+
+
+@pytest.mark.shared_data
+def test_the_probes_of_real_benchmarks(shared_data):
+    for name in ("human_scientist", "places_country"):
+        records = read_records(shared_data / f"hallueditbench/{name}.csv")
+        axes = ["yes_no", "multiple_choice", "reversed", *(f"{hops}_hop" for hops in range(2, 7))]
+        assert len(records) == 100 and all(list(record.portability) == axes for record in records)
+        assert all(record.rephrase_prompt and len(record.locality["neighborhood"]) == 1 for record in records)
+        letters = {record.portability["multiple_choice"][0].answers[0] for record in records}
+        assert letters == set("ABCD")
+    zsre = read_records(shared_data / "locft/zsre_first2000.json")
+    assert len(zsre) == 2000 and all(record.rephrase_prompt and record.locality for record in zsre)
+    assert (zsre[0].target_new, zsre[0].ground_truth) == ("Chichester River", ["Parramatta River"])
+
+
 BAD_FILES = {
     "broken JSON": ("in.json", '[{"prompt": "a?",\n "target_new" "b"}]', "line 2, column 15: not JSON"),
     "cut off": ("in.json", '[{"prompt": "a?", "target_new": "b"}', "line 1, column 37: not JSON"),
@@ -238,6 +404,24 @@ BAD_FILES = {
         [{"prompt": "a?", "target_new": "b", "locality": {"F": {"prompt": ["c", "d"], "ground_truth": ["e"]}}}],
         "locality.F[0].ground_truth: give a list with one answer for each",
     ),
+    "two keys for one": ("in.json", [{"prompt": "a?", "Prompt": "c?", "target_new": "b"}],
+                         "Prompt: the record has prompt already"),
+    "ConvSent": ("in.json", [{"ent": "Oz", "pos": ["I like it."], "neg": ["I don't."]}],
+                 "record 0 (0-based): the keys ent, pos, neg: KnowEdit's ConvSent is not read; give KnowEdit, zsRE"),
+    "Sanitation": ("in.json", {"success": [], "locality": []}, "KnowEdit's trivia (Sanitation) is not read"),
+    "SQuAD": ("in.json", {"version": "v2.0", "data": []}, "SQuAD is not read; expected records"),
+    "ShareGPT": ("in.jsonl", '{"conversations": []}\n{"conversations": []}', "ShareGPT is not read"),
+    "Alpaca": ("in.json", [{"instruction": "a?", "output": "b"}], "Alpaca, as `mm4ke facts` writes it, is not read"),
+    "a text": ("in.jsonl", '{"text": "a"}\n{"text": "b"}', "record 0 (0-based, line 1): the keys text are of no format"),
+    "braces without a subject": ("in.json", [{"prompt": "{} is in", "target_new": "b"}],
+                                 "prompt: '{} is in' has {} and the record no subject for its place"),
+    "braces of a probe": ("in.json", [{"prompt": "a?", "target_new": "b", "rephrase": ["{subject} is?"]}],
+                          "rephrase: '{subject} is?' has {subject} and the record no subject"),
+    "braces and the subject": (
+        "in.csv", "prompt,subject,target_new\nWhat does {} mean in python?,Python,a dict\n",
+        "line 2): prompt: 'What does {} mean in python?' has {} and its subject 'Python' as well; put the subject",
+    ),
+    "no rewrite": ("in.json", [{"requested_rewrite": []}], "requested_rewrite: empty; give at least one fact"),
     "locality": ("in.json", [{"prompt": "a?", "target_new": "b", "locality_prompt": "c"}],
                  "locality_ground_truth: missing"),
     "empty": ("in.json", " \n", "the file is empty"),
@@ -294,6 +478,71 @@ def test_consistency():
     assert [(kept.index, left_out.index) for kept, left_out in found.duplicates] == [(0, 2)]
     assert [(earlier.index, later.index) for earlier, later in found.contradictions] == [(0, 4), (4, 5)]
     assert [record.index for record in found.kept] == [1, 3, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("谁是 Zorbia 的领导人？", "谁是Zorbia的领导人?"),
+        ("它在「佐尔比亚」，对吗。", "它在佐尔比亚,对吗"),
+        ("من يقود؟", "من يقود"),
+        ("नेता कौन है।", "नेता कौन है"),
+        ("¿Quién es, pues?", "quién es pues"),
+        ("« Où est-elle ? »", "Où est elle?"),
+        ("Ｗｈｏ ﬁｘes Ⅳ？", "who fixes iv"),
+        ("Cafe\u0301\u200b x\u00a0y", "Café x y"),
+        ("O'Brien’s “well‑known” 'house'", "O’Brien's well-known house"),
+        ("Straße", "STRASSE"),
+        ("1914–1918", "1914-1918"),
+        ("5 ℃", "5 °C"),
+        ("−1", "-1"),
+        ("The U.S.A.!", "the USA"),
+        ("Paris — (France)…", "Paris, France"),
+    ],
+)
+def test_the_same_in_another_spelling(text, other):
+    assert normalize(text) == normalize(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("C", "C++"), ("C", "C#"), ("1", "-1"), ("1", "(−1)"), ("1.5", "15"), ("5", ".5"), ("1,5", "15"),
+        ("10:30", "1030"), ("1/2", "12"), ("½", "12"), ("5²", "52"), ("5 °C", "5 C"), ("5%", "5"), ("5′", "5″"),
+        ("A+", "A-"), ("A", "A-"), ("NET", ".NET"), ("AT&T", "ATT"), ("__init__", "init"), ("f(x)", "fx"),
+        ("print", "print()"), ("?", "!"), ("What does {} mean?", "What does [] mean?"),
+        ("What does ? match?", "What does . match?"), ("What is []?", "What is {}?"), ("x != y", "x = y"), ("What is 5!?", "What is 5?"), ("What is 5! ?", "What is 5 ?"),
+        ("Café", "Cafe"), ("气温是-5度", "气温是5度"), ("A-型", "A型"), ("中{}是什么", "中[]是什么"),
+        ("print()是什么", "print是什么"), ("مرحبا", "مرحب"),
+    ],
+)  # fmt: skip
+def test_what_punctuation_and_symbols_tell_apart(text, other):
+    assert normalize(text) != normalize(other)
+
+
+def test_the_probes_of_a_duplicate_are_asked_once_with_the_record_that_is_kept(tmp_path):
+    one, two = ({"prompt": f"{name}?", "ground_truth": name} for name in "xy")
+    first = {**CITY, "rephrase_prompt": "r?", "locality": {"F": [one]}, "portability": {"R": [one]}}
+    second = {**CITY, "rephrase_prompts": ["r?", "s?"], "locality": {"F": [one, two], "G": [two]}}
+    path = write(tmp_path, [first, second])
+    (kept,) = read_facts(path)
+    assert kept.rephrase_prompts == ["r?", "s?"] and kept.index == 0
+    assert {axis: [probe.prompt for probe in probes] for axis, probes in kept.locality.items()} == {
+        "F": ["x?", "y?"],
+        "G": ["y?"],
+    }
+    assert kept.portability == read_records(path)[0].portability
+
+
+def test_what_is_asked_is_what_was_kept(tmp_path, capsys):
+    pairs = [("Who leads Oz?", "Ann"), ("谁？", "甲"), ("who leads OZ", "Bo"), ("谁?", "甲。"), ("Ur?", "no")]
+    path = write(tmp_path, [{"prompt": prompt, "target_new": answer} for prompt, answer in pairs])
+    for limit, kept in ((None, [1, 2, 4]), (4, [1, 2]), (2, [0, 1])):
+        asked = read_facts(path, limit)
+        assert [record.index for record in asked] == kept
+        assert asked == consistent_records(read_records(path, limit), allow_contradictions=True)
+        said = capsys.readouterr().err
+        assert (f"{len(kept)} of {limit or 5} facts are asked, as `mm4ke facts` keeps them" in said) == (limit != 2)
 
 
 # ---- writing ----

@@ -26,6 +26,7 @@ from mm4ke_plugins import activation
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.hosts.lm_eval import PACKAGE, TASK_FOLDERS
 from mm4ke_plugins.hosts.lm_eval_model import MM4KELM
+from mm4ke_plugins.knowedit.dataset import read_facts
 from mm4ke_plugins.knowedit.metrics import (
     answer,
     encode,
@@ -126,9 +127,10 @@ def test_the_folder_of_the_command_line_is_not_scanned_twice(caplog):
 )
 def test_groups(group, rephrased, portability, locality):
     index = TaskManager(include_path=str(TASK_FOLDERS[0]), include_defaults=False).task_index
-    axes = [axis.lower() for axis in AXES["portability"][:portability]]
+    other = ["other"] if group == "facts" else []  # all the axes that only users' own facts may have
+    axes = [axis.lower() for axis in AXES["portability"][:portability]] + other
     facts = ["edit_success", *(["generalization"] if rephrased else [])]
-    names = facts + [f"portability_{axis}" for axis in axes] + [f"locality_{axis}" for axis in locality]
+    names = facts + [f"portability_{axis}" for axis in axes] + [f"locality_{axis}" for axis in locality + other]
     names += [f"{name}_free" for name in facts] + [f"portability_free_{axis}" for axis in axes] + ["fluency"]
     assert index[f"knowedit_{group}"].cfg["task"] == [f"knowedit_{group}_{name}" for name in names]
     for name in names:  # a task asks what its name says
@@ -151,6 +153,7 @@ def test_groups(group, rephrased, portability, locality):
         ("knowedit_wiki_counterfact", "knowedit/wiki_counterfact/test_cf.json"),
         ("knowedit_wikibio", "knowedit/WikiBio/wikibio-test-all.json"),
         ("knowedit_facts", "counterfact/counterfact-edit.json"),
+        ("knowedit_facts", "hallueditbench/places_country.csv"),
     ],
 )
 def test_the_tasks_ask_every_question_of_the_real_files_once(group, file, shared_data):
@@ -162,15 +165,30 @@ def test_the_tasks_ask_every_question_of_the_real_files_once(group, file, shared
             docs = documents(**index[name].cfg["dataset_kwargs"], knowedit_file=path)["test"]
             asked += [doc for doc in docs if doc["record"] >= 0]
     keys = [(doc["record"], doc["metric"], doc["axis"], doc["prompt"], doc["target"]) for doc in asked]
-    questions = questions_of(read_records(path))
-    assert sorted(keys) == sorted((q.record, q.metric, q.axis, q.prompt, q.answer) for q in questions)
+    records = read_facts(path)
+    questions = questions_of(records)
+    assert sorted(keys) == sorted((records[q.record].index, q.metric, q.axis, q.prompt, q.answer) for q in questions)
+    assert {doc["record_id"] for doc in asked} == {record.id for record in records}
 
 
 def test_probes_that_no_task_asks_are_mentioned(tmp_path, caplog):
     probes = [{"prompt": "Is it so?", "ground_truth": "yes"}]
     (tmp_path / "odd.json").write_text(json.dumps([RECORDS[0] | {"portability": {"Inverse": probes}}]))
-    documents("knowedit_facts", "edit_success", knowedit_file=str(tmp_path / "odd.json"))
-    assert "odd.json: portability: Inverse: no task asks this; name it one of Reasoning" in caplog.text
+    documents("knowedit_zsre", "edit_success", knowedit_file=str(tmp_path / "odd.json"))
+    said = "odd.json: portability: Inverse: no task of knowedit_zsre asks this; knowedit_facts_portability_other does"
+    assert said in caplog.text
+    (doc,) = documents("knowedit_facts", "portability", "other", knowedit_file=str(tmp_path / "odd.json"))["test"]
+    assert (doc["axis"], doc["prompt"], doc["target"]) == ("Inverse", "Is it so?", "yes")
+
+
+def test_the_tasks_ask_what_facts_keeps(tmp_path):
+    facts = [RECORDS[0], RECORDS[0], RECORDS[1] | {"target_new": "nobody"}, RECORDS[1], RECORDS[2]]
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    asked = partial(documents, "knowedit_facts", knowedit_file=str(tmp_path / "facts.json"), knowedit_limit=4)
+    for metric, axis in (("edit_success", ""), ("portability", "Subject_Aliasing")):
+        docs = asked(metric, axis)["test"]
+        assert [(doc["record"], doc["record_id"]) for doc in docs] == [(0, "facts.json:0"), (3, "facts.json:3")]
+    assert asked("edit_success")["test"][1]["target"] == RECORDS[1]["target_new"]
 
 
 # ---- the scores ----

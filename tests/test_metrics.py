@@ -106,6 +106,14 @@ def test_questions_follow_the_records(questions):
     assert len(questions) == 7 * len(RECORDS)
 
 
+def test_every_rephrased_prompt_is_asked_and_their_mean_counts(tmp_path):
+    records = [RECORDS[0] | {"rephrase_prompt": ["In other words?", "Again?"]}, RECORDS[1]]
+    (tmp_path / "facts.json").write_text(json.dumps(records), encoding="utf-8")
+    asked = [q for q in questions_of(read_records(tmp_path / "facts.json")) if q.metric == "generalization"]
+    assert [q.prompt for q in asked] == ["In other words?", "Again?", "Brevik was founded by"]
+    assert mean_scores(asked, [1.0, 0.5, 0.25])["generalization"] == 0.5
+
+
 def test_raw_format_is_prompt_space_answer(tiny):
     _, tokenizer = tiny
     code = encode(tokenizer, Question(0, "edit_success", "", "Who founded Brevik?", "Ingrid"), "raw")

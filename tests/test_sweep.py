@@ -116,6 +116,15 @@ def test_a_point_is_what_the_merged_model_scores(home, result, tmp_path):
     assert untouched["scores"]["choice"]["edit_success"] < 0.5 < result["rsft"]["scores"]["choice"]["edit_success"]
 
 
+def test_it_asks_what_facts_keeps(home, tmp_path, capsys):
+    again = {**FACTS[0], "prompt": "who rules OZ ?"}
+    (tmp_path / "facts.json").write_text(json.dumps([{**FACTS[1], "target_new": "Down"}, FACTS[0], again, *FACTS[1:]]))
+    grid = {"weights": [1.0], "densities": [1.0]}
+    found = sweep(home / "base", home / "rsft", tmp_path / "facts.json", limit=6, **grid, per_layer=False)
+    assert found["records"] == {"choice": 2, "confirmation": 2}
+    assert "4 of 6 facts are asked, as `mm4ke facts` keeps them" in capsys.readouterr().err
+
+
 def test_one_half_decides_and_the_other_confirms(home, result):
     assert result["records"] == {"choice": 3, "confirmation": 2}
     for key in ("picked", "rsft", "default"):

@@ -7,29 +7,23 @@ format and the end-of-sequence token.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 
 from ..errors import MM4KEError
 from ..files import alone_in, refused_in_one_line, replace_text
-from .records import Record
-
-# Punctuation that does not make another question of a question. Symbols stay: C, C# and C++ are not the same.
-PUNCTUATION = str.maketrans(dict.fromkeys(".,;:!?¿¡()[]\"'`«»‘’“”„…", " "))
-
-
-def normalize(text: str) -> str:
-    """The text without the differences in case, white space and punctuation that people make without meaning them."""
-    return " ".join(text.translate(PUNCTUATION).casefold().split()) or text
+from .normalize import normalize
+from .records import Axes, Record, read_records
 
 
 @dataclass(frozen=True)
 class Consistency:
     """What `check_consistency` found.
 
-    kept:           one record for each prompt, in order; the latest one where records contradict each other
+    kept:           one record for each prompt, in order, with the probes of its duplicates; the latest one where
+                    records contradict each other
     duplicates:     (kept, left out): the same prompt and answer
     contradictions: (earlier, later): the same prompt with another answer; the earlier is not in `kept`
     """
@@ -52,6 +46,7 @@ def check_consistency(records: list[Record]) -> Consistency:
         earlier = latest.get(question)
         if earlier and normalize(earlier.target_new) == normalize(record.target_new):
             duplicates.append((earlier, record))
+            latest[question] = _with_probes_of(earlier, record)
             continue
         if earlier:
             contradictions.append((earlier, record))
@@ -60,8 +55,43 @@ def check_consistency(records: list[Record]) -> Consistency:
     return Consistency(list(latest.values()), duplicates, contradictions)
 
 
+def _with_probes_of(record: Record, duplicate: Record) -> Record:
+    """The record, asked also what is asked of its duplicate: cases of MQuAKE share facts, not questions."""
+
+    def both(axes: Axes, more: Axes) -> Axes:
+        names = dict.fromkeys([*axes, *more])
+        return {name: _each_once(axes.get(name, []) + more.get(name, [])) for name in names}
+
+    return replace(
+        record,
+        rephrase_prompts=_each_once(record.rephrase_prompts + duplicate.rephrase_prompts),
+        portability=both(record.portability, duplicate.portability),
+        locality=both(record.locality, duplicate.locality),
+    )
+
+
+def _each_once(entries: list) -> list:
+    return [entry for place, entry in enumerate(entries) if entry not in entries[:place]]
+
+
+def read_facts(path: Path, limit: int | None = None) -> list[Record]:
+    """The records of a file, or of its first `limit`, that `mm4ke facts --allow-contradictions` keeps.
+
+    Whoever asks a model what it was taught reads the facts by this function. What is left out is said on stderr.
+
+    Raises MM4KEError: what `read_records` raises.
+    """
+    read = read_records(path, limit)
+    kept = consistent_records(read, allow_contradictions=True)
+    if len(kept) < len(read):
+        click.echo(f"{path}: {len(kept)} of {len(read)} facts are asked, as `mm4ke facts` keeps them", err=True)
+    return kept
+
+
 def consistent_records(records: list[Record], allow_contradictions: bool = False) -> list[Record]:
     """The records without duplicates and contradictions; each one that is left out is a line on stderr.
+
+    The order is that of the later ones. Probes of duplicates are asked with the record that is kept.
 
     Raises MM4KEError where records contradict each other, unless `allow_contradictions`: then the later one counts.
     """

@@ -4,7 +4,7 @@ A question is a prompt and its answer. The model reads both, and at every token 
 that it finds most likely after all that came before (teacher forcing). Compared with the answer's tokens:
 
     edit_success     prompt -> target_new               the fraction of tokens predicted right
-    generalization   rephrase_prompt -> target_new      the same
+    generalization   rephrase_prompts -> target_new     the same
     portability      the record's portability probes    the same
     locality         the record's locality probes       the fraction of predictions equal to the base model's
 
@@ -71,8 +71,8 @@ def questions_of(records: Iterable[Record]) -> list[Question]:
     questions = []
     for index, record in enumerate(records):
         questions.append(Question(index, "edit_success", "", record.prompt, record.target_new))
-        if record.rephrase_prompt:
-            questions.append(Question(index, "generalization", "", record.rephrase_prompt, record.target_new))
+        for prompt in record.rephrase_prompts:
+            questions.append(Question(index, "generalization", "", prompt, record.target_new))
         for metric, axes in (("portability", record.portability), ("locality", record.locality)):
             for axis, probes in axes.items():
                 questions += [Question(index, metric, axis, probe.prompt, probe.answers[0]) for probe in probes]
@@ -216,6 +216,19 @@ def mean_scores(questions: list[Question], scores: list[float | None]) -> dict[s
             for _, axes in groupby(scored, key=lambda entry: entry[0])
         ]
         means[metric] = fmean(of_records) if of_records else None
+    return means
+
+
+def mean_scores_by_axis(questions: list[Question], scores: list[float | None]) -> dict[str, dict[str, float]]:
+    """The mean of each axis of each metric that has axes, 0 to 1: over a record's probes, then over the records."""
+    means: dict[str, dict[str, float]] = {}
+    for metric, axis in dict.fromkeys((question.metric, question.axis) for question in questions if question.axis):
+        of_axis = [
+            place for place, question in enumerate(questions) if (question.metric, question.axis) == (metric, axis)
+        ]
+        mean = mean_scores([questions[place] for place in of_axis], [scores[place] for place in of_axis])[metric]
+        if mean is not None:
+            means.setdefault(metric, {})[axis] = mean
     return means
 
 

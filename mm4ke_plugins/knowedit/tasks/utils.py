@@ -2,7 +2,7 @@
 
 A document is one probe of one record:
 
-    record, record_id   the record's place in the file, counted from 0, and "FILE NAME:PLACE"
+    record, record_id   the record's place in the file, counted from 0, and `Record.id`
     metric, axis        as in `metrics.Question`
     prompt, target      what is asked, and the answer that counts as right (the first, where there are several)
     subject             what the fact is about; "" where the file does not say
@@ -11,7 +11,8 @@ The teacher-forced tasks are `multiple_choice` with one choice, because only the
 the answer under a chat template. Every score is read off the response, which the model type `mm4ke` fills with more
 than other backends can: see `Response` and `Text`.
 
-`--metadata` knows `knowedit_file=FILE` and `knowedit_limit=N`, the first N records.
+`--metadata` knows `knowedit_file=FILE` and `knowedit_limit=N`, the first N records. Of these the facts are asked that
+`mm4ke facts` keeps.
 """
 
 import logging
@@ -23,8 +24,9 @@ from typing import Any
 from datasets import Dataset
 
 from ...errors import MM4KEError, first_line, report_in_one_line
+from ..dataset import read_facts
 from ..metrics import exact_match, ngram_entropy, questions_of
-from ..records import Record, read_records
+from ..records import Record
 
 LOG = logging.getLogger("lm_eval.knowedit")
 
@@ -36,11 +38,13 @@ HUB_FILES = {
     "knowedit_wikibio": "benchmark/WikiBio/wikibio-test-all.json",
 }
 OWN_FACTS = Path("recipes/facts.json")
-# The axes that the tasks ask; those of all KnowEdit files and of CounterFact.
+# The axes that have tasks of their own; those of all KnowEdit files and of CounterFact. The group of
+# users' own facts has one more, OTHER, for all the others together.
 AXES = {
     "portability": ("Reasoning", "Subject_Aliasing", "Logical_Generalization"),
     "locality": ("Relation_Specificity", "Forgetfulness", "neighborhood"),
 }
+OWN_GROUP, OTHER = "knowedit_facts", "other"
 # A task without a single document makes lm-eval fail, with all others of its group. This one is not scored.
 NOTHING = {"record": -1, "record_id": "", "subject": "", "prompt": "-", "target": "-"}
 
@@ -92,18 +96,19 @@ def documents(
     Without a `knowedit_file`, `knowedit_facts` reads recipes/facts.json of the working directory, and the others the
     test file of their data set on the hub.
 
-    Raises MM4KEError: no such file, the hub can't be reached, what `read_records` raises.
+    Raises MM4KEError: no such file, the hub can't be reached, what `read_facts` raises.
     """
     report_in_one_line()
     if knowedit_limit is not None and (not isinstance(knowedit_limit, int) or knowedit_limit < 1):
         raise MM4KEError(f"--metadata knowedit_limit={knowedit_limit}: give how many records to read, at least 1")
     path = Path(str(knowedit_file)) if knowedit_file else _default_file(group)
-    records = _records(path, knowedit_limit)
+    records = _records(group, path, knowedit_limit)
     asked_metric = "edit_success" if metric == "fluency" else metric
+    axes = _other_axes(records, metric) if axis == OTHER else {axis}
     docs = [
         {
-            "record": question.record,
-            "record_id": f"{path.name}:{question.record}",
+            "record": records[question.record].index,
+            "record_id": records[question.record].id,
             "metric": metric,
             "axis": question.axis,
             "prompt": question.prompt,
@@ -111,24 +116,30 @@ def documents(
             "subject": records[question.record].subject or "",
         }
         for question in questions_of(records)
-        if (question.metric, question.axis) == (asked_metric, axis)
+        if question.metric == asked_metric and question.axis in axes
     ]
     if not docs:
-        LOG.warning(f"{path}: no {metric} {axis}".rstrip() + " probes: this task is not scored")
+        if axis != OTHER:
+            LOG.warning(f"{path}: no {metric} {axis}".rstrip() + " probes: this task is not scored")
         docs = [NOTHING | {"metric": metric, "axis": axis}]
     return {"test": Dataset.from_list(docs)}
 
 
 @lru_cache
-def _records(path: Path, limit: int | None) -> list[Record]:
-    """The file's records, read once for all tasks; probes that no task asks are mentioned."""
-    records = read_records(path, limit)
+def _records(group: str, path: Path, limit: int | None) -> list[Record]:
+    """The file's records, read once for all tasks of a group; probes that none of these asks are mentioned."""
+    records = read_facts(path, limit)
     for metric, axes in AXES.items():
-        others = {axis for record in records for axis in getattr(record, metric)} - set(axes)
-        if others:
-            listed = ", ".join(sorted(others))
-            LOG.warning(f"{path}: {metric}: {listed}: no task asks this; name it one of {', '.join(axes)}")
+        if group != OWN_GROUP and (others := _other_axes(records, metric)):
+            LOG.warning(
+                f"{path}: {metric}: {', '.join(sorted(others))}: no task of {group} asks this; "
+                f"{OWN_GROUP}_{metric}_{OTHER} does, or name it one of {', '.join(axes)}"
+            )
     return records
+
+
+def _other_axes(records: list[Record], metric: str) -> set[str]:
+    return {axis for record in records for axis in getattr(record, metric)} - set(AXES[metric])
 
 
 @lru_cache
