@@ -60,12 +60,12 @@ class Provenance:
                 reason = f" ({REASONS[key]})" if key in REASONS else ""
                 found.append(f"{key}: {theirs} there, {ours} here{reason}")
         if self.base != there.base:
-            found.append("model_name_or_path: the base model has other weights now")
+            found.append("model_name_or_path: the base model has other weights here")
         pairs = enumerate(zip_longest(self.facts, there.facts))
         if (first := next((index for index, (ours, theirs) in pairs if ours != theirs), None)) is not None:
-            shown = f" ({fact(first)!r})" if first < len(self.facts) else ""
+            shown = f", {fact(first)!r}" if first < len(self.facts) else ""
             found.append(
-                f"facts: {len(there.facts)} there, {len(self.facts)} here, from number {first}{shown} on they differ"
+                f"facts: {len(there.facts)} there, {len(self.facts)} here, differing from number {first} (0-based{shown}) on"
             )
         return found
 
@@ -81,4 +81,6 @@ def parameter_hashes(model: torch.nn.Module) -> dict[str, str]:
 
 def joint_hash(hashes: Mapping[str, str]) -> str:
     """One hash of the hashes of parameters, whatever their order."""
-    return hashlib.sha256("\n".join(f"{digest} {name}" for name, digest in sorted(hashes.items())).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join(f"{digest} {name}" for name, digest in sorted(hashes.items())).encode()
+    ).hexdigest()

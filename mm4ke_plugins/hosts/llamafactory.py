@@ -169,7 +169,8 @@ def substitute_trainer(workflow) -> None:
         def _fact(self, index: int) -> str:
             """The end of a fact as the model reads it, which has the question and the answer."""
             text = self.processing_class.decode(self.train_dataset[index]["input_ids"], skip_special_tokens=True)
-            return " ".join(text.split())[-80:]
+            text = " ".join(text.split())
+            return text if len(text) <= 80 else f"... {text[-80:]}"
 
         def _refuse_mixed_dtypes(self) -> None:
             dtypes = {parameter.dtype for parameter in self.model.parameters()}

@@ -91,9 +91,7 @@ def _refuse_to_write_into_the_base(base: Path, output: Path) -> None:
 def config_settings(config) -> dict[str, Any]:
     """The part of `Provenance.settings` that a base model's config.json says."""
     return {
-        f"config.json: {key}": value
-        for key, value in _as_json(config.to_dict()).items()
-        if key not in ABOUT_CONFIG
+        f"config.json: {key}": value for key, value in _as_json(config.to_dict()).items() if key not in ABOUT_CONFIG
     }
 
 
@@ -160,13 +158,18 @@ class Output:
             self._require_resumable(checkpoint)
         if overwrite:
             self._clear(checkpoint)
-        (self.folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # what is in output_dir is not finished from here on
+        (self.folder / TRAINER_STATE_NAME).unlink(
+            missing_ok=True
+        )  # what is in output_dir is not finished from here on
         return checkpoint
 
     def _error(self, path: Path, problem: str, remedy: str = "") -> MM4KEError:
         key = "output_dir"
         if self.folder not in (path, path.parent) and path != self.delta:
-            key, remedy = "resume_from_checkpoint", remedy or "leave it out, or give a checkpoint of this very training"
+            key, remedy = (
+                "resume_from_checkpoint",
+                remedy or "leave it out, or give a checkpoint of this very training",
+            )
         remedy = remedy or "remove it, give another output_dir, or overwrite_output_dir: true to train anew"
         return MM4KEError(f"{recipe_name()}: {key}: {path}: {problem}; {remedy}")
 
