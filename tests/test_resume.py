@@ -1,6 +1,7 @@
 """A training goes on from its own checkpoints, and from no other's."""
 
 import json
+import os
 import shutil
 from copy import copy
 from dataclasses import replace
@@ -234,6 +235,22 @@ def test_a_checkpoint_without_the_state_of_the_training(interrupted, name):
     )
 
 
+@pytest.mark.parametrize("key, value", [("ignore_data_skip", True), ("tokenized_path", "tokens")])
+def test_keys_that_would_train_something_else(recipe, key, value):
+    refused(recipe | {key: value}, f"{key}: {value}: with rsft: true it must be (false|null): ")
+
+
+def test_early_stopping(recipe):
+    """It counts within a process only."""
+    recipe |= {"early_stopping_steps": 3, "load_best_model_at_end": True, "eval_strategy": "steps", "val_size": 1}
+    recipe |= {"eval_steps": 2, "save_steps": 2, "metric_for_best_model": "eval_loss"}
+    train(recipe)
+    for name in ("trainer_state.json", "model.safetensors"):
+        (Path(recipe["output_dir"]) / name).unlink()
+    refused(recipe, r"checkpoint-6: early_stopping_steps: 3: from a checkpoint on they would count anew; remove it")
+    refused(recipe | {"save_total_limit": 1}, "checkpoint-6: is of another training .save_total_limit: None there, 1 h")
+
+
 def test_save_only_model(recipe, trained):
     recipe |= {"save_only_model": True, "save_steps": 5}
     weights, _ = train(recipe)
@@ -404,6 +421,19 @@ def test_the_command_refuses_in_one_line(finished, tmp_path):
     assert run.stderr.splitlines()[-1].startswith(
         f"mm4ke: error: rsft.yaml: output_dir: {finished['output_dir']}: is of"
     )
+
+
+def test_new_facts_with_the_time_of_the_old_ones(ordinary_recipe, tmp_path):  # noqa: F811
+    """As an archive or a copy that keeps times leaves them. The datasets library takes them for the old ones."""
+    recipe = ordinary_recipe | {"num_train_epochs": 1}
+    weights = []
+    for name, facts in (("first", FACTS), ("second", OTHERS)):
+        file = write_facts(Path(recipe["dataset_dir"]), facts) / "facts.json"
+        os.utime(file, (1e9, 1e9))
+        weights.append(train(recipe | {"output_dir": str(tmp_path / name)})[0])
+    file.touch()
+    assert same(train(recipe | {"output_dir": str(tmp_path / "third")})[0], weights[1])
+    assert not same(*weights)
 
 
 def test_differences_of_provenances():

@@ -35,6 +35,7 @@ from ..provenance import Provenance, joint_hash, parameter_hashes
 from ..rsft import EpochBooks, LossNotFinite, Visit
 from . import LLAMAFACTORY
 from .llamafactory_checkpoint import Output, config_settings, take_recipe
+from .llamafactory_data import renew_cached_facts
 from .llamafactory_recipe import RsftArguments, check_recipe, recipe_name
 
 # What a knowledge delta says of its training.
@@ -80,6 +81,7 @@ def add_recipe_keys(parser) -> None:
             LLAMAFACTORY.require_supported("rsft: true")
             check_recipe(model_args, data_args, training_args, finetuning_args)
             if training_args.do_train:
+                renew_cached_facts(model_args, data_args)
                 # Not a field: it is no key of a recipe.
                 finetuning_args.recipe = take_recipe(model_args, data_args, training_args, finetuning_args)
         return parsed
@@ -141,11 +143,6 @@ def substitute_trainer(workflow) -> None:
                 checkpoint = self.output.prepare(recipe.resume, self.args.overwrite_output_dir)
                 if self.output.is_finished:
                     return self._take_result()
-                if checkpoint and self.finetuning_args.early_stopping_steps is not None:
-                    raise MM4KEError(
-                        f"{recipe_name()}: early_stopping_steps: {self.finetuning_args.early_stopping_steps}: a training "
-                        "that goes on from a checkpoint would count them anew; set overwrite_output_dir: true"
-                    )
                 return super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
             except BaseException:
                 self.output.lock.release()

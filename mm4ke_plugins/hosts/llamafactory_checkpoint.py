@@ -197,6 +197,8 @@ class Output:
         if state is None:
             raise self._error(checkpoint, "is not a complete checkpoint")
         self._require_same(checkpoint, state)
+        if (steps := self.provenance.settings.get("early_stopping_steps")) is not None:
+            raise self._error(checkpoint, f"early_stopping_steps: {steps}: from a checkpoint on they would count anew")
         for name in STATE_OF_TRAINING:
             if not (checkpoint / name).is_file():
                 raise self._error(
