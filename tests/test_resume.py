@@ -248,7 +248,9 @@ def test_early_stopping(recipe):
     for name in ("trainer_state.json", "model.safetensors"):
         (Path(recipe["output_dir"]) / name).unlink()
     refused(recipe, r"checkpoint-6: early_stopping_steps: 3: from a checkpoint on they would count anew; remove it")
-    refused(recipe | {"save_total_limit": 1}, "checkpoint-6: is of another training .save_total_limit: None there, 1 h")
+    refused(
+        recipe | {"save_total_limit": 1}, "checkpoint-6: is of another training .save_total_limit: None there, 1 h"
+    )
 
 
 def test_save_only_model(recipe, trained):
@@ -372,10 +374,16 @@ def test_the_base_is_not_written_into(recipe, tmp_path):
 
 
 def test_two_trainings_at_once(recipe, tmp_path):
-    with FileLock(tmp_path / ".rsft.lock"):
-        Path(recipe["output_dir"]).mkdir()
-        refused(recipe, "rsft: another training is writing to it; wait for it, or give another output_dir")
-    train(recipe | {"num_train_epochs": 1, "save_strategy": "no"})
+    folder = Path(recipe["output_dir"])
+    folder.mkdir()
+    with FileLock(folder / ".training.lock"):
+        refused(recipe, "rsft: another training is writing to it; wait for it, or give another output_dir$")
+        refused(recipe | {"overwrite_output_dir": True}, "another training is writing to it")
+    for _ in range(2):  # neither a refusal nor a training keeps it
+        refused(recipe | {"resume_from_checkpoint": True}, "rsft: has no complete checkpoint; leave resume_from")
+    short = recipe | {"num_train_epochs": 1, "save_strategy": "no"}
+    train(short)
+    train(short | {"overwrite_output_dir": True})
 
 
 def test_the_revision_of_a_hub_model(recipe, tmp_path):

@@ -118,7 +118,7 @@ class Output:
         self.provenance = provenance
         self.fact = fact
         self.is_finished = False
-        self.lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+        self.lock = FileLock(folder / ".training.lock", timeout=0)
 
     @property
     def has_model(self) -> bool:
