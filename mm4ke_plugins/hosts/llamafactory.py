@@ -34,7 +34,7 @@ from ..lookahead import Lookahead
 from ..provenance import Provenance, joint_hash, parameter_hashes
 from ..rsft import EpochBooks, LossNotFinite, Visit
 from . import LLAMAFACTORY
-from .llamafactory_checkpoint import Output, config_settings, take_recipe
+from .llamafactory_checkpoint import Output, config_settings, needed_no_update, take_recipe
 from .llamafactory_data import renew_cached_facts
 from .llamafactory_recipe import RsftArguments, check_recipe, recipe_name
 
@@ -147,6 +147,11 @@ def substitute_trainer(workflow) -> None:
             except BaseException:
                 self.output.lock.release()
                 raise
+
+        def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, *args, **kwargs):
+            """Says how many epochs are behind a checkpoint: all, if it was saved when there was nothing left to learn."""
+            done = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, *args, **kwargs)
+            return (num_train_epochs, 0) if needed_no_update(self.state.log_history) else done
 
         def _take_result(self) -> TrainOutput:
             """As if the training had just ended, of which output_dir has the model or the delta."""

@@ -108,6 +108,11 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
+def needed_no_update(log_history: list[dict[str, Any]]) -> bool:
+    """Whether the last epoch in a training's log was one that ends it, whatever its num_train_epochs."""
+    return [entry["rsft_updates"] for entry in log_history if "rsft_updates" in entry][-1:] == [0]
+
+
 class Output:
     """A training's output_dir, and the knowledge delta beside it."""
 
@@ -210,8 +215,7 @@ class Output:
         state = read_state(self.folder)
         if state is None or not (self.has_model or self.delta.exists()):
             return False
-        updates = [entry["rsft_updates"] for entry in state["log_history"] if "rsft_updates" in entry]
-        return state["global_step"] >= state["max_steps"] or updates[-1:] == [0]
+        return state["global_step"] >= state["max_steps"] or needed_no_update(state["log_history"])
 
     def _delta_is_own(self) -> bool:
         try:
