@@ -21,9 +21,11 @@ edit: work/comparison/comparison.md work/report/report.html
 	@echo "This table: $<   The edited model: out/"
 	@echo "The report: $(CURDIR)/work/report/report.html"
 
-# What a fact or a recipe changed makes outdated, training must not resume from.
+# Of other facts or another recipe, training refuses what is there. Where it is the facts, another command may have put
+# its own into work/facts.
 work/rsft.inputs: recipes/rsft.yaml work/facts/facts.json
-	rm -rf work/rsft
+	mm4ke facts recipes/facts.json --output work/facts
+	rm -rf work/rsft work/rsft.delta.safetensors
 	@touch $@
 
 work/report/report.html: work/eval/rsft.done work/eval/merged.done

@@ -4,6 +4,7 @@
     fast_rsft.py    the same updates without wasted work: lookahead.py, and in fast_forward.py frozen_prefix.py,
                     frozen_ffn.py and an output head for the answer only
     delta.py        Equations 5 and 6: the knowledge delta, its top-p entries, its weight
+    provenance.py   what a training's result follows from, by which it knows its own checkpoints
     layers.py       which parameters are "the FFN of layer n"
     editing.py      both on a model in memory
     checkpoint.py   a model on disk as files of tensors

@@ -377,6 +377,21 @@ def test_the_reference_is_exact_and_leaves_no_trace(tied, models, tmp_path):
     assert equal(lm.model, own)
 
 
+def test_the_revision_of_a_hub_model(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub = tmp_path / "models--someone--model"
+    (hub / "refs").mkdir(parents=True)
+    for commit, (branch, model) in enumerate({"main": "base", "edited": "out"}.items()):
+        shutil.copytree(models / model, hub / "snapshots" / (str(commit) * 40))
+        (hub / "refs" / branch).write_text(str(commit) * 40)
+    weights = {}
+    for revision in ("main", "edited"):
+        lm = MM4KELM("someone/model", revision=revision, device="cpu")
+        weights[revision] = lm.model.get_parameter(DOWN)
+    for revision, model in (("main", "base"), ("edited", "out")):
+        assert torch.equal(weights[revision], AutoModelForCausalLM.from_pretrained(models / model).get_parameter(DOWN))
+
+
 def test_the_log_likelihood_is_hfs(models):
     """The sum over the answer's tokens, where `hf` tokenizes the same: in raw prompts."""
     ours, theirs = (

@@ -21,20 +21,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from datasets.fingerprint import Hasher
 from transformers import ProgressCallback, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import cached_file
 
 from ..checkpoint import open_safetensors, tensor_files
+from ..delta_encoding import tensor_sha256
 from ..errors import MM4KEError, report_in_one_line
 from ..fast_forward import FastForward, active_dropout, answer_losses, samples_of
 from ..fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB, Visitor
-from ..knowledge_delta import save_delta
+from ..knowledge_delta import load_delta, save_delta
 from ..layers import ffn_parameter_names
 from ..lookahead import Lookahead
 from ..model_names import name_in
+from ..provenance import Provenance, joint_hash, parameter_hashes
 from ..rsft import EpochBooks, LossNotFinite, Visit
 from . import LLAMAFACTORY
+from .llamafactory_checkpoint import Output, config_settings, needed_no_update, take_recipe
+from .llamafactory_data import renew_cached_facts
 from .llamafactory_recipe import check_recipe, recipe_name, with_rsft_keys, without_rsft_keys
 
 # What a knowledge delta says of its training.
@@ -84,8 +90,12 @@ def add_recipe_keys(parser) -> None:
             report_in_one_line()
             LLAMAFACTORY.require_supported("rsft: true")
             check_recipe(model_args, data_args, training_args, finetuning_args)
-            if training_args.do_train and training_args.device.type == "cpu" and (hint := wait_policy_hint()):
-                parser.logger.warning_rank0(hint)
+            if training_args.do_train:
+                if training_args.device.type == "cpu" and (hint := wait_policy_hint()):
+                    parser.logger.warning_rank0(hint)
+                renew_cached_facts(model_args, data_args)
+                # Not a field: it is no key of a recipe.
+                finetuning_args.recipe = take_recipe(model_args, data_args, training_args, finetuning_args)
         return tuple(without_rsft_keys(arguments) for arguments in parsed)
 
     parser._parse_train_args = parse_and_check
@@ -137,8 +147,55 @@ def substitute_trainer(workflow) -> None:
             self.batches: Iterator | None = None  # an epoch's
             self.fetched: deque[tuple[dict, list]] = deque()  # of these, the current one and the next: batch, samples
             self.add_callback(RsftCallback(self, workflow.logger))
+            self.output: Output | None = None
+            self.base_hashes: dict[str, str] = {}
+
+        def train(self, resume_from_checkpoint=None, **kwargs):
+            """Train from a checkpoint of this very training, or anew; nothing where output_dir has its result."""
+            recipe = self.finetuning_args.recipe
+            self.base_hashes = parameter_hashes(self.model)
+            provenance = Provenance(
+                recipe.settings | config_settings(self.model.config),
+                joint_hash(self.base_hashes),
+                [Hasher.hash(fact) for fact in self.train_dataset],
+            )
             if self.finetuning_args.rsft_save_delta:
-                self._base_files()  # an error now and not after the training
+                self._base_tensors()  # an error now and not after the training
+            self.output = Output(Path(self.args.output_dir), provenance, self._fact)
+            try:
+                checkpoint = self.output.prepare(recipe.resume, self.args.overwrite_output_dir)
+                if self.output.is_finished:
+                    return self._take_result()
+                return super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+            except BaseException:
+                self.output.lock.release()
+                raise
+
+        def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, *args, **kwargs):
+            """Says how many epochs are behind a checkpoint: all, if it was saved when there was nothing left to learn."""
+            done = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, *args, **kwargs)
+            return (num_train_epochs, 0) if needed_no_update(self.state.log_history) else done
+
+        def _take_result(self) -> TrainOutput:
+            """As if the training had just ended, of which output_dir has the model or the delta."""
+            folder = self.output.folder
+            workflow.logger.info_rank0(f"R-SFT: {folder} has the result of this very training: nothing is trained.")
+            if self.output.has_model:
+                self._load_from_checkpoint(str(folder))
+            else:
+                delta, (base, names) = load_delta(self.output.delta), self._base_tensors()
+                for name in delta.manifest.tensors:
+                    self.model.get_parameter(names[name]).data.copy_(delta.edited(name, base[name]))
+            self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+            metrics = next(entry for entry in reversed(self.state.log_history) if "train_loss" in entry)
+            metrics = {key: value for key, value in metrics.items() if key not in ("epoch", "step")}
+            return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
+
+        def _fact(self, index: int) -> str:
+            """The end of a fact as the model reads it, which has the question and the answer."""
+            text = self.processing_class.decode(self.train_dataset[index]["input_ids"], skip_special_tokens=True)
+            text = " ".join(text.split())
+            return text if len(text) <= 80 else f"... {text[-80:]}"
 
         def _refuse_mixed_dtypes(self) -> None:
             dtypes = {parameter.dtype for parameter in self.model.parameters()}
@@ -151,26 +208,45 @@ def substitute_trainer(workflow) -> None:
 
         def save_model(self, output_dir=None, _internal_call=False):
             """Called within the training for checkpoints, which are whole models, and once after it."""
-            if _internal_call or self.finetuning_args.rsft_save_model:
+            if _internal_call:
                 super().save_model(output_dir, _internal_call)
-            if self.finetuning_args.rsft_save_delta and not _internal_call:
-                files, names = self._base_files()
-                base = {name: open_safetensors(file).get_tensor(name) for name, file in files.items()}
+                return
+            there = self.output is not None and self.output.is_finished
+            if self.finetuning_args.rsft_save_model and not (there and self.output.has_model):
+                super().save_model(output_dir, _internal_call)
+            if self.finetuning_args.rsft_save_delta and not (there and self.output.delta.exists()):
+                base, names = self._base_tensors()
                 arguments = self.finetuning_args.to_dict() | self.args.to_dict()
-                path = Path(f"{Path(self.args.output_dir)}.delta.safetensors")
+                recipe = {key: arguments[key] for key in DELTA_RECIPE_KEYS}
                 save_delta(
-                    path,
+                    self.output.delta,
                     base,
                     {name: self.model.get_parameter(names[name]) for name in base},
                     architecture=type(self.model).__name__,
-                    recipe={key: arguments[key] for key in DELTA_RECIPE_KEYS},
+                    recipe=recipe | {"provenance": self.output.provenance.sha256()},
                     facts=len(self.train_dataset),
                 )
-                workflow.logger.info_rank0(f"R-SFT: the knowledge delta is in {path}")
+                workflow.logger.info_rank0(f"R-SFT: the knowledge delta is in {self.output.delta}")
 
-        def _base_files(self) -> tuple[dict[str, Path], dict[str, str]]:
-            """The file of the base that holds each trained tensor, in its own dtype, and the model's name of each."""
-            folder = Path(cached_file(self.model.config._name_or_path, "config.json")).parent
+        def save_state(self):
+            """The last that is written: from here on the training counts as finished."""
+            super().save_state()
+            if not self.finetuning_args.rsft_save_model:
+                self.output.remove_checkpoints()
+            self.output.lock.release()
+
+        def _base_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+            """The base's trained tensors from its files, in their own dtypes, and the model's name of each."""
+            model_args, config = self.finetuning_args.recipe.model_args, self.model.config
+            file = cached_file(
+                config._name_or_path,
+                "config.json",
+                cache_dir=model_args.cache_dir,
+                # The very commit that was loaded, even if a branch has moved on since.
+                revision=getattr(config, "_commit_hash", None) or model_args.model_revision,
+                token=model_args.hf_hub_token,
+            )
+            folder = Path(file).parent
             files = tensor_files(folder)
             trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
             names = {name_in(files, name, self.model.base_model_prefix): name for name in trained}
@@ -179,7 +255,17 @@ def substitute_trainer(workflow) -> None:
                     f"{recipe_name()}: rsft_save_delta: true: {folder} has no tensor {names[None]}; this model's files "
                     "name their tensors in another way, use `mm4ke delta extract` after the training"
                 )
-            return {name: files[name] for name in names}, names
+            tensors = {name: open_safetensors(files[name]).get_tensor(name) for name in names}
+            for name, tensor in tensors.items():
+                wide = self.model.get_parameter(names[name]).dtype
+                # A model that is computed in 16 bit may have been rounded when it was loaded.
+                loaded = (tensor.to(dtype).to(wide) for dtype in (wide, torch.bfloat16, torch.float16))
+                if all(tensor_sha256(tensor) != self.base_hashes[names[name]] for tensor in loaded):
+                    raise MM4KEError(
+                        f"{recipe_name()}: rsft_save_delta: true: {name} in {folder} is not what the training started "
+                        "from; don't change the base model meanwhile, and merge adapters into it before"
+                    )
+            return tensors, names
 
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             """Hand out the next batch, having fetched as many after it as the lookahead may want."""
@@ -286,7 +372,8 @@ def make_visitor(trainer) -> Visitor:
 class RsftCallback(TrainerCallback, ExportableState):
     """Keeps the books of an epoch, writes them to the log and `trainer_state.json`, and ends a finished training.
 
-    The books are part of every checkpoint, so an epoch that was interrupted is resumed with its sums so far.
+    The books are part of every checkpoint, so an epoch that was interrupted is resumed with its sums so far. So is the
+    provenance, by which `Output` knows a training's own checkpoints.
     """
 
     def __init__(self, trainer, logger):
@@ -295,7 +382,9 @@ class RsftCallback(TrainerCallback, ExportableState):
         self.books = EpochBooks()
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"books": self.books.to_dict()}}
+        output = self.trainer.output
+        provenance = output and output.provenance.to_dict()
+        return {"args": {}, "attributes": {"books": self.books.to_dict(), "provenance": provenance}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())

@@ -65,7 +65,8 @@ class MM4KELM(HFLM):
     ) -> None:
         report_in_one_line()
         LM_EVAL.require_supported("--model mm4ke")
-        folder = _folder("pretrained", pretrained, "base" if knowledge_delta else "edited")
+        title = "base" if knowledge_delta else "edited"
+        folder = _folder("pretrained", pretrained, title, arguments.get("revision"))
         identity = [_fingerprint(folder)]
         base = _folder("reference", reference, "base") if reference else None
         self._delta, self._choice = None, (weight, density)
@@ -264,12 +265,12 @@ def _to_the_end(request):
     return replace(request, arguments=(context, options | {"min_new_tokens": options["max_gen_toks"]}))
 
 
-def _folder(key: str, value: Any, title: str) -> Path:
+def _folder(key: str, value: Any, title: str, revision: str | None = None) -> Path:
     """The folder of a model that is given as a folder or as a hub id, which is downloaded."""
     folder = Path(str(value))
     if not folder.is_dir() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(value)):
         try:
-            return Path(snapshot_download(str(value), allow_patterns=HUB_FILES))
+            return Path(snapshot_download(str(value), revision=revision, allow_patterns=HUB_FILES))
         except Exception as error:  # noqa: BLE001  (offline, no such model, no permission: as many kinds as ways)
             raise MM4KEError(
                 f"{key}={value}: no such folder, and not to be had from the hub ({first_line(error)}); "
