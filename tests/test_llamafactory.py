@@ -173,7 +173,7 @@ def test_the_fast_paths_are_taken_and_change_nothing(recipe, change, monkeypatch
 
 def test_breadth_first_trains_the_unconverged_facts_of_a_batch_together(recipe):
     """Against a literal loop in which every fact is computed by itself, without padding."""
-    recipe |= {"rsft_steps_per_sample": 1, "per_device_train_batch_size": 2, "num_train_epochs": 40}
+    recipe |= {"rsft_steps_per_sample": 1, "per_device_train_batch_size": 2, "num_train_epochs": 80}
     recipe |= {"lr_scheduler_type": "constant", "max_grad_norm": 0, "weight_decay": 0}
     weights, books = train(recipe)
 
