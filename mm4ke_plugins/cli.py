@@ -65,7 +65,7 @@ def facts(files: tuple[Path, ...], output: Path, name: str, limit: int | None, a
     written = write_dataset(kept, output, name)
     click.echo(f"{written}: {len(kept)} facts, {len(records) - len(kept)} left out; in the recipe:\n")
     click.echo(f"dataset_dir: {output}\ndataset: {name}")
-    click.echo("template: ...   # the chat template of your model, for example smollm2, qwen, llama2 or llama3")
+    click.echo("template: ...   # the chat template of your model, for example smollm2, qwen or llama3; empty: none")
 
 
 @cli.command()
@@ -295,7 +295,7 @@ def diff_deltas(first: Path, second: Path, base: Path | None) -> None:
 @click.option("--keep", type=float, default=0.97, show_default=True, help="Share of R-SFT's edit success to keep.")
 @click.option("--weights", metavar="NUMBERS", help="With commas.  [default: 0.2,0.4,0.6,0.7,0.8,0.9,1]")
 @click.option("--densities", metavar="NUMBERS", help="With commas.  [default: 0.2,0.4,0.6,0.8,1]")
-@click.option("--prompt-format", type=click.Choice(["raw", "chat"]), default="chat", show_default=True)
+@click.option("--prompt-format", type=click.Choice(["raw", "chat"]), help="[default: chat, if there is a template]")
 @click.option("--early-stop/--no-early-stop", default=True, help="Leave out what can't be picked.  [default: yes]")
 @click.option("--per-layer/--common", default=True, help="Choose for each edited layer.  [default: per layer]")
 @click.option("--output", type=PATH, default="work/sweep", show_default=True, metavar="DIR")

@@ -1,7 +1,7 @@
 """What editing did: the base model, the R-SFT model and the merged one side by side.
 
-what they answer    five facts, asked freely in the chat template
-how they score      EasyEdit's metrics in both prompt formats, and perplexity on `neutral_text.txt`
+what they answer    five facts, asked freely in the chat template, or as raw prompts where there is none
+how they score      EasyEdit's metrics in the prompt formats that the model has, and perplexity on `neutral_text.txt`
 what changed        which tensors differ from the base's on disk, and by how many parameters
 """
 
@@ -28,13 +28,13 @@ from .files import alone_in, refused_in_one_line, replace_text
 from .knowedit.dataset import read_facts
 from .knowedit.metrics import (
     METRICS,
-    PROMPT_FORMATS,
     answer,
     encode,
     mean_scores,
     mean_scores_by_axis,
     perplexity,
     predict,
+    prompt_formats,
     question_scores,
     questions_of,
 )
@@ -49,11 +49,13 @@ NAMES_SHOWN = 12
 def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None = None) -> dict[str, Any]:
     """Score three checkpoints of one model on the records of `facts`, or of its first `limit`. Each is loaded once.
 
-    Float32 on a CPU, bfloat16 on a GPU. All three read the base's tokens. Shows its progress on stderr.
+    Float32 on a CPU, bfloat16 on a GPU. All three read the base's tokens, and the base's chat template or, where it
+    has none, the one that LLaMA-Factory gave to the R-SFT model. Shows its progress on stderr.
 
     Returns, ready for JSON (see `write_report`):
         facts, records  the file, and how many of its records were asked (see `read_facts`)
         precision       such as "float32 on cpu"
+        free_format     the prompt format of the free answers: "chat", or "raw" without a chat template
         models          for each of base, rsft and merged: folder, scores[prompt format][metric] (0 to 1, None
                         where no record has such probes), axes[prompt format][metric][axis], perplexity, disk (see
                         `disk_change`)
@@ -61,13 +63,14 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
         questions       each question, with scores[prompt format][model]
 
     Raises MM4KEError: a folder is missing, holds no model, is damaged, or is of another model (shapes, vocabulary)
-    than the base; the base has no chat template; what `read_facts` raises.
+    than the base; what `read_facts` raises.
     """
     folders = {"base": base, "rsft": rsft, "merged": merged}
     records = read_facts(facts, limit)
     questions = questions_of(records)
     tokenizer = _common_tokenizer(folders)
-    codes = {form: [encode(tokenizer, question, form) for question in questions] for form in PROMPT_FORMATS}
+    forms = prompt_formats(tokenizer)
+    codes = {form: [encode(tokenizer, question, form) for question in questions] for form in forms}
     text = (files(__package__) / "neutral_text.txt").read_text(encoding="utf-8")
     prompts = [record.prompt for record in records[:FACTS_SHOWN]]
 
@@ -83,7 +86,7 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(folders) * (len(PROMPT_FORMATS) * len(questions) + 4))
+        task = progress.add_task("", total=len(folders) * (len(forms) * len(questions) + 4))
 
         def begin(key: str, stage: str) -> Callable[[int], None]:
             progress.update(task, description=f"{TITLES[key]}: {stage}")
@@ -99,7 +102,7 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
             model = load_model(folder, dtype, device)
             done()
             predicted[key] = {
-                form: predict(model, codes[form], advance=begin(key, FORMAT_TITLES[form])) for form in PROMPT_FORMATS
+                form: predict(model, codes[form], advance=begin(key, FORMAT_TITLES[form])) for form in forms
             }
             done = begin(key, "perplexity")
             models[key]["perplexity"] = perplexity(model, tokenizer, text)
@@ -113,24 +116,24 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
             key: question_scores(questions, codes[form], predicted[key][form], predicted["base"][form])
             for key in folders
         }
-        for form in PROMPT_FORMATS
+        for form in forms
     }
     for key, model in models.items():
-        model["scores"] = {form: mean_scores(questions, scores[form][key]) for form in PROMPT_FORMATS}
-        model["axes"] = {form: mean_scores_by_axis(questions, scores[form][key]) for form in PROMPT_FORMATS}
+        model["scores"] = {form: mean_scores(questions, scores[form][key]) for form in forms}
+        model["axes"] = {form: mean_scores_by_axis(questions, scores[form][key]) for form in forms}
     answers = {key: model.pop("answers") for key, model in models.items()}
     return {
         "facts": str(facts),
         "records": len(records),
         "precision": f"{str(dtype).removeprefix('torch.')} on {device}",
+        "free_format": forms[-1],
         "models": models,
         "answers": [
             {"prompt": record.prompt, "target_new": record.target_new, **{key: answers[key][row] for key in folders}}
             for row, record in enumerate(records[:FACTS_SHOWN])
         ],
         "questions": [
-            asdict(question)
-            | {"scores": {form: {key: scores[form][key][row] for key in folders} for form in PROMPT_FORMATS}}
+            asdict(question) | {"scores": {form: {key: scores[form][key][row] for key in folders} for form in forms}}
             for row, question in enumerate(questions)
         ],
     }
@@ -199,10 +202,11 @@ def _common_tokenizer(folders: dict[str, Path]) -> PreTrainedTokenizerBase:
     for key, folder in folders.items():
         require_model_folder(folder, f"--{key} {folder}", TITLES[key])
     base = load_tokenizer(folders["base"])
-    for folder in (folder for key, folder in folders.items() if key != "base"):
-        require_same_vocabulary(folder, load_tokenizer(folder), folders["base"], base)
-    if not base.chat_template:
-        raise MM4KEError(f"{folders['base']}: the tokenizer has no chat template; add a chat_template.jinja")
+    for folder in (folders["rsft"], folders["merged"]):
+        edited = load_tokenizer(folder)
+        require_same_vocabulary(folder, edited, folders["base"], base)
+        # What a base without a chat template was trained in.
+        base.chat_template = base.chat_template or edited.chat_template
     return base
 
 
@@ -243,7 +247,7 @@ def _shape(tensor: torch.Tensor) -> str:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the answers, the scores and what changed on disk."""
-    answers = Table("fact", *TITLES.values(), title="Free answers (chat template)", show_lines=True)
+    answers = Table("fact", *TITLES.values(), title=_answers_title(result), show_lines=True)
     for row in result["answers"]:
         fact = Text(row["prompt"]).append(f"\n→ {row['target_new']}", style="bold")
         answers.add_row(fact, *(Text(row[key]) for key in TITLES))
@@ -261,7 +265,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def write_report(result: dict[str, Any], folder: Path) -> None:
     """Write comparison.json (all of `compare`) and comparison.md (what `show` prints) to `folder`."""
-    lines = ["# Free answers (chat template)", ""]
+    lines = [f"# {_answers_title(result)}", ""]
     lines += markdown_table(
         ["fact", "right answer", *TITLES.values()],
         [[row["prompt"], row["target_new"], *(row[key] for key in TITLES)] for row in result["answers"]],
@@ -272,6 +276,10 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     with refused_in_one_line(folder), alone_in(folder):
         replace_text(folder / "comparison.md", "\n".join(lines))
         replace_text(folder / "comparison.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _answers_title(result: dict[str, Any]) -> str:
+    return f"Free answers ({FORMAT_TITLES[result['free_format']]})"
 
 
 def _scores_title(result: dict[str, Any]) -> str:
@@ -304,7 +312,7 @@ def _score_sections(result: dict[str, Any]) -> list[list[list[str]]]:
 
     sections = [
         [row for metric in METRICS for row in (score_row(form, metric), *axis_rows(form, metric))]
-        for form in PROMPT_FORMATS
+        for form in result["models"]["base"]["scores"]
     ]
     sections.append([cells("perplexity of a neutral text", lambda model: f"{model['perplexity']:.2f}")])
     sections.append(

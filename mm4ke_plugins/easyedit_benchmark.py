@@ -31,7 +31,17 @@ from .easyedit_worker import Job
 from .errors import MM4KEError, first_line
 from .files import alone_in, refused_in_one_line, replace_text, scratch_folder
 from .knowedit.dataset import read_facts
-from .knowedit.metrics import METRICS, Encoded, Question, encode, mean_scores, predict, question_scores, questions_of
+from .knowedit.metrics import (
+    METRICS,
+    Encoded,
+    Question,
+    encode,
+    mean_scores,
+    predict,
+    prompt_formats,
+    question_scores,
+    questions_of,
+)
 from .knowedit.records import Record, read_records
 
 # What EasyEdit imports beyond the hosts of pyproject.toml; recipes/easyedit/requirements.txt has the versions.
@@ -79,6 +89,9 @@ def benchmark(
     easyedit = check_easyedit(easyedit)
     model = model.absolute()
     require_model_folder(model, f"--model {model}", "base")
+    tokenizer = load_tokenizer(model)
+    if prompt_format not in prompt_formats(tokenizer):
+        raise MM4KEError(f"--prompt-format {prompt_format}: {model} has no chat template; add one, or give raw")
     settings = {method: find_hparams(method, hparams, easyedit / "hparams", hparams_name) for method in methods}
     if text is not None and not text.is_file():
         raise MM4KEError(f"--text {text}: no such file; give a plain text, one passage a line")
@@ -103,7 +116,6 @@ def benchmark(
     progress = Progress(*columns, console=Console(stderr=True))
     with refused_in_one_line(output), alone_in(output, wait=False), progress:
         task = progress.add_task("base: asking", total=len(questions))
-        tokenizer = load_tokenizer(model)
         codes = [encode(tokenizer, question, prompt_format) for question in questions]
         base = predict_base(model, codes, lambda count: progress.advance(task, count))
         before = question_scores(questions, codes, base, base)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from .checkpoint import open_tensors
 from .delta import equal, merge
 from .errors import MM4KEError
-from .fast_forward import IGNORED, FastForward, Sample, active_dropout, samples_of
+from .fast_forward import IGNORED, FastForward, Sample, active_dropout, losses_of_rows, samples_of
 from .fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB, Visitor
 from .knowedit.metrics import Encoded, Question, encode
 from .layers import ffn_parameter_names
@@ -37,7 +37,7 @@ class Settings:
     layers:           whose FFN is trained, counted from 0
     modules:          ("ffn",), or parts of the FFN such as "down_proj"
     steps_per_sample: K, the most updates in one visit of one fact
-    loss_threshold:   tau, in nats per answer token
+    loss_threshold:   tau, in nats per token: of the answer alone, and with its end (`fast_forward.losses_of_rows`)
     num_epochs:       the most visits of one fact
     learning_rate:    of the first visit; it falls to 0 over all visits as a cosine
     weight, density:  of the knowledge delta, as in `delta.merge`
@@ -53,24 +53,49 @@ class Settings:
     density: float = 0.8
 
 
-def encode_fact(tokenizer: PreTrainedTokenizerBase, prompt: str, target_new: str, prompt_format: str) -> Encoded:
-    """A fact as token ids in one of PROMPT_FORMATS, with the end-of-sequence token as the answer's last.
+@dataclass(frozen=True)
+class Fact(Encoded):
+    """A question as token ids, and what ends its answer: the answer's own tokens are ids[answer_start:answer_stop]."""
+
+    answer_stop: int
+
+
+def encode_fact(tokenizer: PreTrainedTokenizerBase, prompt: str, target_new: str, prompt_format: str) -> Fact:
+    """A fact as token ids in one of PROMPT_FORMATS, followed by the end-of-sequence token.
 
     Without that token a model learns to answer and not to stop.
+
+    Raises MM4KEError: the answer has no token, or the tokenizer has no end-of-sequence token or no chat template.
     """
+    if prompt_format == "chat" and not tokenizer.chat_template:
+        raise MM4KEError("prompt_format: chat: the tokenizer has no chat template; add one, or give raw")
+    if tokenizer.eos_token_id is None:
+        raise MM4KEError("the tokenizer has no eos_token, without which a model can't learn to stop; give it one")
+    if not target_new.strip():
+        raise MM4KEError(f"{prompt!r:.80}: the answer is {target_new!r}; give a text that is not empty")
     code = encode(tokenizer, Question(0, "edit_success", "", prompt, target_new), prompt_format)
-    return Encoded([*code.ids, tokenizer.eos_token_id], code.answer_start)
+    if not code.answer_ids:
+        raise MM4KEError(f"{prompt!r:.80}: the answer {target_new!r:.80} has no token of its own; give another one")
+    return Fact([*code.ids, tokenizer.eos_token_id], code.answer_start, len(code.ids))
 
 
-def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Encoded], settings: Settings) -> None:
+def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fact], settings: Settings) -> None:
     """R-SFT of the parameters `names` on `facts`, in place. Shows its progress on stderr.
 
     The trained parameters should be float32; a model of another dtype around them computes in bfloat16 (autocast).
     Training ends after an epoch without an update. All other parameters stay as they are, gradients are cleared,
     and the model's mode and `requires_grad` flags are put back.
 
-    Raises FloatingPointError, with the number of the fact, when a loss is not finite.
+    Raises FloatingPointError, with the number of the fact, when a loss is not finite, and MM4KEError for a fact that
+    is longer than the model's texts may be.
     """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for index, fact in enumerate(facts):
+        if limit and len(fact.ids) > limit:
+            raise MM4KEError(
+                f"fact {index} (0-based) has {len(fact.ids)} tokens, and the model reads {limit} "
+                "(max_position_embeddings); shorten it or leave it out"
+            )
     parameters = dict(model.named_parameters())
     trained = [parameters[name] for name in names]
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
@@ -83,9 +108,9 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[En
     thresholds = {"loss_threshold": settings.loss_threshold, "steps_per_sample": settings.steps_per_sample}
     dtype = torch.bfloat16 if mixed else torch.float32
 
-    def plain_losses(fact: Encoded) -> torch.Tensor:
+    def plain_losses(fact: Fact) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=mixed):
-            return answer_loss(model, fact)[None]
+            return fact_losses(model, fact)
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
@@ -129,21 +154,25 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[En
                 parameter.grad = None
 
 
-def _sample(fact: Encoded, device: torch.device) -> Sample:
+def _sample(fact: Fact, device: torch.device) -> Sample:
     ids = torch.tensor([fact.ids])
     labels = ids.clone()
     labels[:, : fact.answer_start] = IGNORED
-    (sample,) = samples_of({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}, device)
+    own = torch.zeros_like(ids, dtype=torch.bool)
+    own[:, fact.answer_start : fact.answer_stop] = True
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    (sample,) = samples_of(batch, device, own)
     return sample
 
 
-def answer_loss(model: PreTrainedModel, fact: Encoded) -> torch.Tensor:
-    """The mean cross-entropy of the answer's tokens (nats), a scalar with a graph, float32 in a model of any dtype."""
+def fact_losses(model: PreTrainedModel, fact: Fact) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of one fact that is trained, with a graph, and the one that is judged: see `losses_of_rows`."""
     ids = torch.tensor([fact.ids], device=model.device)
     answer = ids[0, fact.answer_start :]
     # The token before the answer predicts its first one; the last one predicts nothing that counts.
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
-    return torch.nn.functional.cross_entropy(logits.float(), answer.to(logits.device))
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[:, :-1]
+    own = torch.arange(len(answer)) < fact.answer_stop - fact.answer_start
+    return losses_of_rows(logits, answer[None], own[None])
 
 
 @dataclass(frozen=True)
@@ -169,13 +198,13 @@ class Editor:
         self.base: dict[str, torch.Tensor] = {}
         self.edits: list[_Edit] = []  # the last one and the one before it, to which one can roll back
 
-    def edit(self, model: PreTrainedModel, facts: Sequence[Encoded], settings: Settings) -> dict[str, torch.Tensor]:
+    def edit(self, model: PreTrainedModel, facts: Sequence[Fact], settings: Settings) -> dict[str, torch.Tensor]:
         """Put the facts into the model, in place: nothing but the FFN of the chosen layers changes.
 
         Returns a copy of the parameters that were trained, by name, as they were before this call.
 
-        Raises MM4KEError (unknown layers or modules, an edit that is not finite) and FloatingPointError (a loss that
-        is not finite); the model is then as it was before.
+        Raises MM4KEError (unknown layers or modules, a fact that is too long, an edit that is not finite) and
+        FloatingPointError (a loss that is not finite); the model is then as it was before.
         """
         names = ffn_parameter_names(model, list(settings.layers), list(settings.modules))
         parameters = {name: model.get_parameter(name) for name in names}

@@ -33,6 +33,7 @@ class Sample:
     length:  how many of them are no padding
     rows:    the tokens whose predictions are needed: a range that ends with the one before the answer's last
     targets: the token that each of them should predict, or IGNORED, shape (rows,)
+    own:     whether this token is the answer's own, bool, shape (rows,)
     key:     equal for equal samples
     """
 
@@ -40,28 +41,40 @@ class Sample:
     length: int
     rows: range
     targets: torch.Tensor
+    own: torch.Tensor
     key: tuple[int, ...]
 
 
-def samples_of(batch: Mapping[str, torch.Tensor], device: torch.device) -> list[Sample] | None:
+def samples_of(
+    batch: Mapping[str, torch.Tensor], device: torch.device, own: torch.Tensor | None = None
+) -> list[Sample] | None:
     """The samples of a batch with `input_ids`, `labels` and `attention_mask`, (samples, tokens) each.
+
+    own: which labels are the answer's own tokens, bool, (samples, tokens); by default all that are not IGNORED
 
     Returns None for a batch that is not as simple: other inputs too, padding that is not on the right, no answer.
     """
     if batch.keys() != {"input_ids", "labels", "attention_mask"} or batch["attention_mask"].ndim != 2:
         return None
+    if own is None:
+        own = batch["labels"] != IGNORED
     samples = []
-    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+    for ids, labels, mask, answers in zip(
+        batch["input_ids"], batch["labels"], batch["attention_mask"], own, strict=True
+    ):
         length = int(mask.sum())
         answer = (labels != IGNORED).nonzero()[:, 0]
-        if not mask[:length].all() or not len(answer) or answer[0] == 0:
+        if not mask[:length].all() or not len(answer) or answer[0] == 0 or not answers.any():
             return None
         rows = _rows(int(answer[0]) - 1, int(answer[-1]), len(ids))
         # Row r predicts token r + 1; the last token predicts nothing that is known.
         targets = torch.full((len(rows),), IGNORED)
         known = labels[rows.start + 1 : rows.stop + 1]
         targets[: len(known)] = known
-        samples.append(Sample(ids.to(device), length, rows, targets.to(device), tuple(ids[:length].tolist())))
+        judged = torch.zeros(len(rows), dtype=torch.bool)
+        judged[: len(known)] = answers[rows.start + 1 : rows.stop + 1]
+        key = tuple(ids[:length].tolist())
+        samples.append(Sample(ids.to(device), length, rows, targets.to(device), judged.to(device), key))
     return samples
 
 
@@ -91,8 +104,8 @@ class FastForward:
         ffns = [child for above in layers[layer:] for name, child in above.named_children() if name in FFN_NAMES]
         self.ffns = [(ffn, forward) for ffn in ffns if (forward := frozen_ffn(ffn))]
 
-    def losses(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """The mean cross-entropy of each answer's tokens (nats), shape (samples,), with a graph where that is enabled.
+    def losses(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses that are trained and those that are judged: see `losses_of_rows`.
 
         Samples of other lengths are padded to the longest.
         """
@@ -116,7 +129,11 @@ class FastForward:
             for ffn, forward in self.ffns:
                 undo.callback(replace_forward(ffn, forward))
             logits = self._forward(input_ids=ids, attention_mask=mask).logits[0]
-        return _losses(logits.split([len(sample.rows) for sample in samples]), [sample.targets for sample in samples])
+        return losses_of_rows(
+            logits.split([len(sample.rows) for sample in samples]),
+            [sample.targets for sample in samples],
+            [sample.own for sample in samples],
+        )
 
     def _forward(self, **inputs: torch.Tensor):
         device_type = inputs["input_ids"].device.type
@@ -144,21 +161,35 @@ class FastForward:
         )
 
 
-def answer_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The plain way: the mean cross-entropy of each sample's answer (nats), from all logits of a batch, with a graph.
+def answer_losses(logits: torch.Tensor, labels: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain way to `losses_of_rows`, from all logits of a batch.
 
-    logits: (samples, tokens, vocabulary). labels: (samples, tokens), IGNORED where a token is not in the answer
+    logits: (samples, tokens, vocabulary). labels: (samples, tokens), IGNORED where a token is not trained.
+    own: bool, (samples, tokens), where a label is the answer's own token
     """
-    return _losses(logits[:, :-1], labels[:, 1:])
+    return losses_of_rows(logits[:, :-1], labels[:, 1:], own[:, 1:])
 
 
-def _losses(logits: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(
-        [
-            torch.nn.functional.cross_entropy(rows.float(), known.to(rows.device), ignore_index=IGNORED)
-            for rows, known in zip(logits, targets, strict=True)
-        ]
-    )
+def losses_of_rows(
+    logits: Iterable[torch.Tensor], targets: Iterable[torch.Tensor], own: Iterable[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each sample the loss that is trained, with a graph where that is enabled, and the one that tau judges.
+
+    trained: the mean cross-entropy of all targets (nats), shape (samples,)
+    judged:  the larger one of that and the mean cross-entropy of the answer's own tokens, shape (samples,), no graph.
+             A template's tokens around the answer are learned early and would hide an answer that is not known yet;
+             but where it is known, the model must also have learned to end it.
+
+    logits: of each sample (rows, vocabulary). targets: (rows,), or IGNORED. own: bool, (rows,)
+    """
+    trained, judged = [], []
+    for rows, known, is_own in zip(logits, targets, own, strict=True):
+        rows, known, is_own = rows.float(), known.to(rows.device), is_own.to(rows.device)
+        loss = torch.nn.functional.cross_entropy(rows, known, ignore_index=IGNORED)
+        answer = torch.nn.functional.cross_entropy(rows.detach()[is_own], known[is_own])
+        trained.append(loss)
+        judged.append(torch.maximum(loss.detach(), answer))
+    return torch.stack(trained), torch.stack(judged)
 
 
 def active_dropout(model: torch.nn.Module) -> str | None:

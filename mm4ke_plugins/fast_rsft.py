@@ -40,14 +40,15 @@ class Visitor:
         self,
         batches: Sequence[list[Sample]],
         *,
-        plain_losses: Callable[[list[int]], torch.Tensor],
+        plain_losses: Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]],
         backward: Callable[[torch.Tensor], None],
         step: Callable[[], None],
         zero_grad: Callable[[], None],
     ) -> Visit:
         """Visit the samples of `batches[0]`. The batches after it come next, as far as is known: for the lookahead.
 
-        plain_losses: the losses of the samples of batches[0] with these indices, by the whole model, with a graph
+        plain_losses: the losses of the samples of batches[0] with these indices, by the whole model: those that are
+                      trained, with a graph, and those that are judged
         backward, step, zero_grad: the parts of an update, which takes the mean loss of some samples
 
         Raises what `rsft.visit` raises.
@@ -56,7 +57,7 @@ class Visitor:
         if self.fast and not self.checked:
             self._check(samples, plain_losses)
 
-        def losses_of(indices: list[int]) -> torch.Tensor:
+        def losses_of(indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
             if self.fast:
                 try:
                     return self.fast.losses([samples[index] for index in indices])
@@ -72,7 +73,7 @@ class Visitor:
                     raise
                 self._give_up_if_out_of_memory(error)
                 zero_grad()
-                backward(plain_losses(indices).mean())
+                backward(plain_losses(indices)[0].mean())
             step()
             zero_grad()
 
@@ -90,15 +91,15 @@ class Visitor:
 
     @torch.no_grad()
     def _score(self, samples: list[Sample]) -> list[float]:
-        return self.fast.losses(samples).tolist()
+        return self.fast.losses(samples)[1].tolist()
 
     @torch.no_grad()
-    def _check(self, samples: list[Sample], plain_losses: Callable[[list[int]], torch.Tensor]) -> None:
+    def _check(self, samples: list[Sample], plain_losses: Callable) -> None:
         """Compare the two ways once, since an architecture may hand on more than hidden states from layer to layer."""
         self.checked = True
-        plain = plain_losses(list(range(len(samples))))
+        plain, _ = plain_losses(list(range(len(samples))))
         try:
-            fast = self.fast.losses(samples)
+            fast, _ = self.fast.losses(samples)
             if torch.allclose(fast, plain.to(fast.dtype), rtol=1e-2, atol=1e-3, equal_nan=True):
                 return
             problem = f"the loss of the first fact is {fast[0]:.4f} instead of {plain[0]:.4f}"

@@ -35,10 +35,10 @@ class Lookahead:
         self.scored: deque[list[float]] = deque()  # the losses of this batch and the next ones, under these parameters
 
     def arrival(self, batches: Sequence[Sequence], score: Callable[[list], list[float]]) -> list[float | None]:
-        """The losses of the first batch's samples that are under the threshold for sure, None for the others.
+        """The judged losses of the first batch's samples that are under the threshold for sure, None for the others.
 
         batches: the batch that comes to be visited now and those after it, as far as they are known; never empty
-        score:   computes the losses of a list of samples under the current parameters, in one forward
+        score:   computes the judged losses of a list of samples under the current parameters, in one forward
         """
         if not self.scored and self.limit > 1 and self.expect_converged:
             window = [batches[0]]

@@ -4,11 +4,15 @@
         for at most `steps_per_sample` (K) times:           visit
             loss = mean token cross-entropy of the answer
             stop if loss < `loss_threshold` (tau)
-            update the parameters
+            update the parameters by the loss's gradient
 
 A visit that stops at once leaves the model as it was, so facts that are already known cost one forward and
 are not trained into the ground. The test comes before the update: a visit that uses up its K updates has not
 seen the loss after the last one. Source: arXiv 2506.12384, Algorithm 1, lines 6-12.
+
+What is trained may be more than the answer: the tokens that end it, or an empty block of thoughts before it. Where
+these are easy they hide an answer that is not learned yet. So a sample has two losses: one that is trained, and one
+that is judged, which is held against tau. In the paper they are the same.
 
 A visit may be of several samples, the breadth-first way of LocFT-BF (arXiv 2509.22072): one update trains all of them
 that are not under tau yet, each judged by its own loss.
@@ -22,7 +26,7 @@ import torch
 
 
 class LossNotFinite(FloatingPointError):
-    """A loss is NaN or infinite. `index` says which sample's of the visit."""
+    """A judged loss is NaN or infinite. `index` says which sample's of the visit."""
 
     def __init__(self, loss: float, updates: int, index: int):
         super().__init__(f"the loss is {loss} after {updates} updates of this sample")
@@ -34,8 +38,8 @@ class Visit:
     """What one visit did. The lists have one entry for each sample.
 
     updates:      how often the parameters were updated, 0 ... K
-    first_losses: the losses on arrival, before any update of this visit (nats per token)
-    final_losses: the last losses that were computed (nats per token)
+    first_losses: the judged losses on arrival, before any update of this visit (nats per token)
+    final_losses: the last judged losses that were computed (nats per token)
     already_converged, converged: the first, the final loss is under the threshold
     """
 
@@ -47,7 +51,7 @@ class Visit:
 
 
 def visit(
-    losses_of: Callable[[list[int]], torch.Tensor],
+    losses_of: Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]],
     update: Callable[[torch.Tensor, list[int]], None],
     arrival: Sequence[float | None],
     *,
@@ -56,24 +60,24 @@ def visit(
 ) -> Visit:
     """Train samples for at most `steps_per_sample` updates, and leave each as soon as its loss is under the threshold.
 
-    losses_of: computes the losses of the samples with these indices under the current parameters, a tensor of one
-               dimension with a graph
-    update:    takes the mean loss of the samples that are not under the threshold, a scalar, and their indices, and
-               updates the parameters: backward, clip, optimizer step, zero_grad
-    arrival:   one entry for each sample: its loss where that is known to be under the threshold, otherwise None
+    losses_of: computes the losses of the samples with these indices under the current parameters: those that are
+               trained, a tensor of one dimension with a graph, and those that are judged, as many
+    update:    takes the mean trained loss of the samples that are not under the threshold, a scalar, and their
+               indices, and updates the parameters: backward, clip, optimizer step, zero_grad
+    arrival:   one entry for each sample: its judged loss where that is known to be under the threshold, otherwise None
     loss_threshold: tau > 0, in nats per token
     steps_per_sample: K >= 1
 
-    Raises LossNotFinite when a loss is NaN or infinite; the parameters are then those that gave this loss.
+    Raises LossNotFinite when a judged loss is NaN or infinite; the parameters are then those that gave this loss.
     """
     losses = list(arrival)
     first_losses = losses
     active = [index for index, loss in enumerate(arrival) if loss is None]
     updates = 0
     while active and updates < steps_per_sample:
-        current = losses_of(active)
+        trained, judged = losses_of(active)
         losses = list(losses)
-        for index, loss in zip(active, current.tolist(), strict=True):
+        for index, loss in zip(active, judged.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise LossNotFinite(loss, updates, index)
             losses[index] = loss
@@ -82,7 +86,7 @@ def visit(
         above = [row for row, index in enumerate(active) if losses[index] >= loss_threshold]
         active = [active[row] for row in above]
         if active:
-            update(current[above].mean(), active)
+            update(trained[above].mean(), active)
             updates += 1
     already_converged, converged = ([loss < loss_threshold for loss in part] for part in (first_losses, losses))
     return Visit(updates, first_losses, losses, already_converged, converged)
@@ -90,7 +94,7 @@ def visit(
 
 @dataclass
 class EpochBooks:
-    """The sums over one epoch's visits. JSON-serializable by `asdict`, so that an epoch can be resumed midway.
+    """The sums over one epoch's visits, of judged losses. JSON-serializable by `asdict`, so that an epoch can be resumed midway.
 
     A visit of several samples counts as that many visits; an update of several samples is one update.
     """
@@ -111,7 +115,7 @@ class EpochBooks:
         self.max_final_loss = max(self.max_final_loss, *visit.final_losses)
 
     def summary(self) -> dict[str, float]:
-        """The books of a finished epoch: counts, the fraction of visits that ended under tau, losses in nats."""
+        """The books of a finished epoch: counts, the fraction of visits that ended under tau, judged losses in nats."""
         return {
             "visits": self.visits,
             "updates": self.updates,

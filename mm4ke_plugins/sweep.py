@@ -55,6 +55,7 @@ from .knowedit.metrics import (
     encode,
     mean_scores,
     predict,
+    prompt_formats,
     question_scores,
     questions_of,
 )
@@ -135,7 +136,7 @@ def sweep(
     keep: float = KEEP,
     weights: Sequence[float] = WEIGHTS,
     densities: Sequence[float] = DENSITIES,
-    prompt_format: str = "chat",
+    prompt_format: str | None = None,
     early_stop: bool = True,
     per_layer: bool = True,
 ) -> dict[str, Any]:
@@ -144,6 +145,7 @@ def sweep(
     edited:     the folder of R-SFT's model, or an unfinished knowledge delta
     limit:      use only the first so many records of `facts`, of which duplicates are then left out (`read_facts`)
     keep:       the share of R-SFT's edit success that a point must keep
+    prompt_format: "chat" or "raw"; by default "chat" where the base, or the edited folder, has a chat template
     early_stop: False measures every point, for complete figures
     per_layer:  False picks one weight and density for all layers
 
@@ -167,6 +169,9 @@ def sweep(
         raise MM4KEError(f"{facts}: 1 record; give at least 2, one half decides and the other confirms")
     require_model_folder(base, f"--base {base}", "base")
     tokenizer = load_tokenizer(base)
+    if not tokenizer.chat_template and (edited / "config.json").is_file():
+        tokenizer.chat_template = load_tokenizer(edited).chat_template  # what the facts were trained in
+    prompt_format = prompt_format or prompt_formats(tokenizer)[-1]
     if prompt_format == "chat" and not tokenizer.chat_template:
         raise MM4KEError(f"{base}: the tokenizer has no chat template; add one, or use --prompt-format raw")
 

@@ -246,10 +246,6 @@ def other_vocabulary(copy):
     path.write_text(path.read_text().replace("<|endoftext|>", "<|end|>"))
 
 
-def without_template(copy):
-    (copy / "base" / "chat_template.jinja").unlink()
-
-
 def without_tokenizer(copy):
     for path in (copy / "rsft").glob("tokenizer*"):
         path.unlink()
@@ -271,7 +267,6 @@ def broken_facts(copy):
         (lost_tensor, rf"models/merged: the model lacks 1 tensors, for example {GATE}"),
         (other_shapes, rf"models/merged: {GATE} is 48x32, in .*models/base it is 64x32; compare models"),
         (other_vocabulary, r"models/rsft: its vocabulary of 259 tokens is not that of .*'<\|endoftext\|>' differs"),
-        (without_template, r"models/base: the tokenizer has no chat template"),
         (without_tokenizer, r"models/rsft: transformers can't load its tokenizer"),
         (broken_facts, r"facts.json: line 1"),
     ],

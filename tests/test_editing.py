@@ -8,9 +8,9 @@ from tiny import make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from mm4ke_plugins.delta import merge
-from mm4ke_plugins.editing import Editor, Settings, changed_tensors, encode_fact, train_facts
+from mm4ke_plugins.editing import Editor, Fact, Settings, changed_tensors, encode_fact, train_facts
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.knowedit.metrics import Encoded, predict
+from mm4ke_plugins.knowedit.metrics import predict
 
 FACTS = [("Who rules Oz?", "Tark"), ("Where is Oz?", "Up"), ("What is Oz?", "A box")]
 SETTINGS = Settings(layers=(1,), learning_rate=1e-2, loss_threshold=0.2, num_epochs=8, weight=0.8, density=0.8)
@@ -47,15 +47,16 @@ def expected_merge(base, trained, settings=SETTINGS):
 
 def llamafactory_facts(recipe):  # noqa: F811
     """The very token ids that LLaMA-Factory trains on."""
-    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
-    from llamafactory.model import load_tokenizer
+    from llamafactory.train.sft import workflow
 
     model_args, data_args, training_args, _, _ = get_train_args(recipe)
-    modules = load_tokenizer(model_args)
-    template = get_template_and_fix_tokenizer(modules["tokenizer"], data_args)
-    rows = get_dataset(template, model_args, data_args, training_args, stage="sft", **modules)["train_dataset"]
-    return [Encoded(row["input_ids"], sum(label == -100 for label in row["labels"])) for row in rows]
+    modules = workflow.load_tokenizer(model_args)
+    template = workflow.get_template_and_fix_tokenizer(modules["tokenizer"], data_args)
+    arguments = (template, model_args, data_args, training_args)
+    rows = workflow.get_dataset(*arguments, stage="sft", **modules)["train_dataset"]
+    starts = [sum(label == -100 for label in row["labels"]) for row in rows]
+    return [Fact(row["input_ids"], start, start + sum(row["rsft_own"])) for row, start in zip(rows, starts)]
 
 
 @pytest.mark.parametrize("threshold", [1.2, 0.3])

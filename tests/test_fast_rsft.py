@@ -57,10 +57,15 @@ def make_batch(*lengths: int, answer: int = 5, seed: int = 0) -> dict[str, torch
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
 
+def own_of(batch):
+    """The answers' own tokens: all but the last two that are trained."""
+    known = batch["labels"] != -100
+    return known & known.roll(-2, 1)
+
+
 def plain_losses(model, batch):
-    return answer_losses(
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"]
-    )
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return answer_losses(logits, batch["labels"], own_of(batch))
 
 
 def gradients(loss: torch.Tensor, parameters) -> list[torch.Tensor]:
@@ -74,23 +79,24 @@ def test_same_losses_and_gradients_in_every_architecture(family):
     ffn = next(child for name, child in layers[LAYER].named_children() if name in ("mlp", "fc2"))
     parameters = [parameter.requires_grad_(True) for parameter in ffn.parameters()]
     batch = make_batch(21, 14, 40)
-    samples = samples_of(batch, model.device)
+    samples = samples_of(batch, model.device, own_of(batch))
     fast = FastForward(model, LAYER, 2**20)
-    expected = plain_losses(model, batch)
+    expected, expected_judged = plain_losses(model, batch)
     for _ in range(2):  # the second time with prefixes from memory
-        losses = fast.losses(samples)
+        losses, judged = fast.losses(samples)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(judged, expected_judged, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(gradients(losses.mean(), parameters), gradients(expected.mean(), parameters), strict=True):
         assert theirs.any()
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     # The model is left as it was.
-    assert torch.equal(plain_losses(model, batch), expected)
+    assert torch.equal(plain_losses(model, batch)[0], expected)
 
 
 def test_huggingface_loss_is_ours():
     model = make_model("llama")
     batch = make_batch(21)
-    torch.testing.assert_close(plain_losses(model, batch)[0], model(**batch).loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(plain_losses(model, batch)[0][0], model(**batch).loss, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("family, replaced", [("llama", 1), ("qwen2", 1), ("phi3", 0), ("gemma", 0), ("gpt2", 0)])
@@ -150,7 +156,7 @@ def test_layer_0_has_only_its_attention_below():
     model = make_model("llama")
     batch = make_batch(20)
     fast = FastForward(model, 0, 2**20)
-    torch.testing.assert_close(fast.losses(samples_of(batch, "cpu")), plain_losses(model, batch))
+    torch.testing.assert_close(fast.losses(samples_of(batch, "cpu", own_of(batch))), plain_losses(model, batch))
 
 
 def test_another_batch_needs_the_whole_model():
@@ -179,7 +185,7 @@ def train(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0)
     visitor = Visitor(fast, Lookahead(lookahead, TAU, torch.float32), loss_threshold=TAU, steps_per_sample=4)
-    samples = [samples_of(batch, "cpu") for batch in batches]
+    samples = [samples_of(batch, "cpu", own_of(batch)) for batch in batches]
     steps = []
     for _ in range(10):
         for index, batch in enumerate(batches):
@@ -234,7 +240,7 @@ class ShortOfMemory(FastForward):
         if self.calls == self.fails_at:
             if self.where == "forward":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            losses.register_hook(self.fail)
+            losses[0].register_hook(self.fail)
         return losses
 
     def fail(self, gradient):

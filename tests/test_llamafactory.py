@@ -19,7 +19,7 @@ from test_rsft import algorithm_1
 from tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 
-from mm4ke_plugins.editing import answer_loss
+from mm4ke_plugins.editing import fact_losses
 from mm4ke_plugins.fast_forward import FastForward
 from mm4ke_plugins.hosts.llamafactory import wait_policy_hint
 from mm4ke_plugins.hosts.llamafactory_recipe import RsftArguments
@@ -90,16 +90,19 @@ def saved(recipe: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
 
 def transcription(recipe: dict):
     """Algorithm 1, literally, on the samples, the optimizer and the schedule that LLaMA-Factory makes."""
-    from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
-    from llamafactory.model import load_tokenizer
+    from llamafactory.train.sft import workflow
+
+    from mm4ke_plugins.hosts.llamafactory_facts import OwnCollator
 
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(recipe)
-    modules = load_tokenizer(model_args)
-    template = get_template_and_fix_tokenizer(modules["tokenizer"], data_args)
-    dataset = get_dataset(template, model_args, data_args, training_args, stage="sft", **modules)["train_dataset"]
+    modules = workflow.load_tokenizer(model_args)
+    template = workflow.get_template_and_fix_tokenizer(modules["tokenizer"], data_args)
+    arguments = (template, model_args, data_args, training_args)
+    dataset = workflow.get_dataset(*arguments, stage="sft", **modules)["train_dataset"]
     model = AutoModelForCausalLM.from_pretrained(recipe["model_name_or_path"], dtype=torch.float32)
-    collate = SFTDataCollatorWith4DAttentionMask(template=template, model=model, pad_to_multiple_of=8, **modules)
+    collator = workflow.SFTDataCollatorWith4DAttentionMask
+    collate = OwnCollator(collator(template=template, model=model, pad_to_multiple_of=8, **modules))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in TRAINED)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -109,7 +112,6 @@ def transcription(recipe: dict):
     schedule = get_scheduler(recipe["lr_scheduler_type"], optimizer, 0, visits)
 
     losses, norms, logged = [], [], []
-    model.register_forward_hook(lambda *arguments: losses.append(arguments[-1].loss.item()))
 
     class ClippedOptimizer:
         zero_grad = optimizer.zero_grad
@@ -126,7 +128,15 @@ def transcription(recipe: dict):
         for i in range(len(dataset)):
             sample = dict(collate([dataset[i]]))
             losses.clear(), norms.clear()
-            updates += [(epoch, i, k) for _, _, k in algorithm_1(model, [sample], ClippedOptimizer, 1, K, tau)]
+            own = sample.pop("rsft_own")[0, 1:]
+
+            def judge(output, own=own, labels=sample["labels"][0, 1:]):
+                answer = torch.nn.functional.cross_entropy(output.logits[0, :-1][own], labels[own])
+                losses.append(max(output.loss.item(), answer.item()))
+                return losses[-1]
+
+            visit = algorithm_1(model, [sample], ClippedOptimizer, 1, K, tau, judge)
+            updates += [(epoch, i, k) for _, _, k in visit]
             schedule.step()
             logged.append((losses[0], norms[-1] if norms else 0.0))  # a fact's loss on arrival, its last gradient
         if len(updates) == before:
@@ -172,7 +182,7 @@ def test_the_fast_paths_are_taken_and_change_nothing(recipe, change, monkeypatch
 
 def test_breadth_first_trains_the_unconverged_facts_of_a_batch_together(recipe):
     """Against a literal loop in which every fact is computed by itself, without padding."""
-    recipe |= {"rsft_steps_per_sample": 1, "per_device_train_batch_size": 2, "num_train_epochs": 40}
+    recipe |= {"rsft_steps_per_sample": 1, "per_device_train_batch_size": 2, "num_train_epochs": 80}
     recipe |= {"lr_scheduler_type": "constant", "max_grad_norm": 0, "weight_decay": 0}
     weights, books = train(recipe)
 
@@ -186,8 +196,8 @@ def test_breadth_first_trains_the_unconverged_facts_of_a_batch_together(recipe):
     for _ in range(len(books)):
         updates.append(0)
         for batch in (facts[:2], facts[2:]):
-            losses = torch.stack([answer_loss(model, fact) for fact in batch])
-            if len(above := losses[losses >= recipe["rsft_loss_threshold"]]):
+            losses, judged = map(torch.cat, zip(*[fact_losses(model, fact) for fact in batch]))
+            if len(above := losses[judged >= recipe["rsft_loss_threshold"]]):
                 model.zero_grad()
                 above.mean().backward()
                 optimizer.step()

@@ -12,17 +12,17 @@ from mm4ke_plugins.rsft import EpochBooks, LossNotFinite, Visit, visit
 FACTS = ["Who rules Oz? Tark", "Where is Oz? Up", "What is Oz? A box", "Who rules Oz? Tark"]
 
 
-def algorithm_1(model, samples, optimizer, E, K, tau):
+def algorithm_1(model, samples, optimizer, E, K, tau, judge=lambda output: output.loss):
     """arXiv 2506.12384, Algorithm 1, line by line. Returns the (epoch, sample, step) of every update."""
     updates = []
     for epoch in range(E):
         for i, sample in enumerate(samples):
             for k in range(K):
-                loss = model(**sample).loss
-                if loss < tau:
+                output = model(**sample)
+                if judge(output) < tau:
                     break
                 optimizer.zero_grad()
-                loss.backward()
+                output.loss.backward()
                 optimizer.step()
                 updates.append((epoch, i, k))
     return updates
@@ -41,7 +41,9 @@ def visit_every_sample(model, samples, optimizer, E, K, tau):
             optimizer.zero_grad()
             made.append((epoch, i, len(made)))
 
-        visited = visit(lambda _: model(**sample).loss[None], update, [None], loss_threshold=tau, steps_per_sample=K)
+        visited = visit(
+            lambda _: (model(**sample).loss[None],) * 2, update, [None], loss_threshold=tau, steps_per_sample=K
+        )
         assert visited.updates == len(made)
         assert visited.converged == [visited.final_losses[0] < tau]
         return made
@@ -78,15 +80,14 @@ def test_same_updates_and_same_weights_as_algorithm_1(model_and_samples):
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
 
 
-def visit_with(losses, **settings):
+def visit_with(losses, judged=None, **settings):
     """A visit of samples whose losses are these rows, one after each update; and what was asked for and updated."""
-    rows = iter(losses)
+    rows = iter(zip(losses, judged or losses, strict=True))
     asked, updated = [], []
 
     def losses_of(indices):
         asked.append(indices)
-        row = next(rows)
-        return torch.tensor([row[index] for index in indices])
+        return tuple(torch.tensor([row[index] for index in indices]) for row in next(rows))
 
     def update(loss, indices):
         updated.append((indices, loss.item()))
@@ -126,6 +127,13 @@ def test_each_sample_of_a_batch_is_judged_by_its_own_loss():
     )
 
 
+def test_tau_is_held_against_the_judged_loss_and_the_other_is_trained():
+    visited, asked, updated = visit_with([[0.25, 9.0], [0.25, 9.0]], judged=[[2.0, 0.25], [0.25, 9.0]])
+    assert asked == [[0, 1], [0]]
+    assert updated == [([0], 0.25)]
+    assert visited == Visit(1, [2.0, 0.25], [0.25, 0.25], already_converged=[False, True], converged=[True, True])
+
+
 def test_one_step_a_visit_is_breadth_first():
     visited, asked, updated = visit_with([[2.0, 0.25, 4.0]], steps_per_sample=1)
     assert asked == [[0, 1, 2]]
@@ -150,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(loss):
     rows = iter([torch.tensor([1.0, 2.0]), torch.tensor([0.75, loss])])
     with pytest.raises(LossNotFinite, match=f"{loss} after 1 updates") as error:
         visit(
-            lambda _: next(rows),
+            lambda _: (torch.ones(2), next(rows)),
             lambda loss, indices: updates.append(loss),
             [None, None],
             loss_threshold=0.5,

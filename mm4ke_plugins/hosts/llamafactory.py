@@ -41,7 +41,14 @@ from ..rsft import EpochBooks, LossNotFinite, Visit
 from . import LLAMAFACTORY
 from .llamafactory_checkpoint import Output, config_settings, needed_no_update, take_recipe
 from .llamafactory_data import renew_cached_facts
-from .llamafactory_recipe import check_recipe, recipe_name, with_rsft_keys, without_rsft_keys
+from .llamafactory_recipe import (
+    advice_on,
+    asks_for_rsft,
+    check_recipe,
+    recipe_name,
+    with_rsft_keys,
+    without_rsft_keys,
+)
 
 # What a knowledge delta says of its training.
 DELTA_RECIPE_KEYS = (
@@ -84,7 +91,13 @@ def add_recipe_keys(parser) -> None:
 
     @functools.wraps(parse_train_args)
     def parse_and_check(args=None):
-        parsed = parse_train_args(args)
+        try:
+            parsed = parse_train_args(args)
+        except ValueError as error:  # transformers checks its own keys as it reads them
+            if asks_for_rsft(parser.read_args(args)):
+                report_in_one_line()
+                raise MM4KEError(f"{recipe_name()}: {advice_on(error)}") from error
+            raise
         model_args, data_args, training_args, finetuning_args, _ = parsed
         if finetuning_args.rsft:
             report_in_one_line()
@@ -135,17 +148,23 @@ def substitute_trainer(workflow) -> None:
 
     The class stays the one that programs compare with, derive from and pickle; only what it makes is another.
     """
+    from llamafactory.data import loader  # not earlier: LLaMA-Factory imports us while it imports itself
+
+    from . import llamafactory_facts
+
+    llamafactory_facts.keep_facts_whole(loader, workflow)
     original = workflow.CustomSeq2SeqTrainer
 
     class RsftTrainer(original):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
+        def __init__(self, *, data_collator, **kwargs):
+            super().__init__(data_collator=llamafactory_facts.OwnCollator(data_collator), **kwargs)
             self._refuse_mixed_dtypes()
             self.visited: Visit | None = None
             self.visit_grad_norm: torch.Tensor | float | None = None
             self.visitor = make_visitor(self)
             self.batches: Iterator | None = None  # an epoch's
-            self.fetched: deque[tuple[dict, list]] = deque()  # of these, the current one and the next: batch, samples
+            # Of these, the current one and the next: batch, samples, the answers' own tokens.
+            self.fetched: deque[tuple[dict, list, torch.Tensor]] = deque()
             self.add_callback(RsftCallback(self, workflow.logger))
             self.output: Output | None = None
             self.base_hashes: dict[str, str] = {}
@@ -203,7 +222,7 @@ def substitute_trainer(workflow) -> None:
                 names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
                 raise MM4KEError(
                     f"{recipe_name()}: bf16: false: the trained FFN is float32 in a model of {names}; set bf16: true "
-                    "(GPU), or save the model in float32 first (CPU, where that is also faster)"
+                    "(on a CPU with use_cpu: true), or save the model in float32 first, which is faster on a CPU"
                 )
 
         def save_model(self, output_dir=None, _internal_call=False):
@@ -274,33 +293,37 @@ def substitute_trainer(workflow) -> None:
                 self.fetched.clear()
             elif self.fetched:
                 self.fetched.popleft()
-            while sum(len(samples) for _, samples in self.fetched) < max(1, self.visitor.lookahead.limit):
+            while sum(len(samples) for _, samples, _ in self.fetched) < max(1, self.visitor.lookahead.limit):
                 if (batch := next(epoch_iterator, None)) is None:
                     break
-                self.fetched.append((batch, self._samples_of(batch)))
-            return super().get_batch_samples((batch for batch, _ in list(self.fetched)[:1]), num_batches, device)
+                own = batch.pop(llamafactory_facts.OWN)
+                self.fetched.append((batch, self._samples_of(batch, own), own))
+            return super().get_batch_samples((batch for batch, *_ in list(self.fetched)[:1]), num_batches, device)
 
-        def _samples_of(self, batch) -> list:
-            samples = samples_of(batch, self.args.device)
+        def _prepare_inputs(self, inputs):
+            inputs.pop(llamafactory_facts.OWN, None)  # an evaluation's batch has it still
+            return super()._prepare_inputs(inputs)
+
+        def _samples_of(self, batch, own) -> list:
+            samples = samples_of(batch, self.args.device, own)
             if samples is None:
                 self.visitor.fast = None
                 samples = [None] * len(batch["input_ids"])
                 if len(samples) > 1:
                     raise MM4KEError(
                         f"{recipe_name()}: per_device_train_batch_size: {self.args.per_device_train_batch_size}: the "
-                        f"batches of this model have {', '.join(batch)}, or a fact has no answer within cutoff_len; "
-                        "give 1"
+                        f"batches of this model have {', '.join(batch)}; give 1"
                     )
             return samples
 
         def training_step(self, model, inputs, num_items_in_batch=None):
-            """One visit. Returns the mean loss on arrival, as an ordinary training step does."""
+            """One visit. Returns the mean judged loss on arrival: what is logged as the loss is what tau judges."""
             model.train()
             inputs = self._prepare_inputs(inputs)
             self.visit_grad_norm = 0.0
             try:
                 self.visited = self.visitor.visit(
-                    [samples for _, samples in self.fetched],
+                    [samples for _, samples, _ in self.fetched],
                     plain_losses=lambda indices: self._plain_losses(model, inputs, indices),
                     backward=self.accelerator.backward,
                     step=lambda: self._step(model),
@@ -315,13 +338,15 @@ def substitute_trainer(workflow) -> None:
             losses = self.visited.first_losses
             return torch.tensor(sum(losses) / len(losses), device=self.args.device)
 
-        def _plain_losses(self, model, inputs, indices) -> torch.Tensor:
+        def _plain_losses(self, model, inputs, indices) -> tuple[torch.Tensor, torch.Tensor]:
+            own = self.fetched[0][2].to(inputs["labels"].device)
             if len(inputs["input_ids"]) == 1:
-                # Without num_items_in_batch the model returns the mean over the answer's tokens.
-                return self.compute_loss(model, inputs).reshape(1)
+                # Without num_items_in_batch the model returns the mean over all trained tokens.
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                return loss.reshape(1), answer_losses(outputs.logits.detach(), inputs["labels"], own)[1]
             labels = inputs["labels"][indices]
             part = {key: value[indices] for key, value in inputs.items() if key != "labels"}
-            return answer_losses(model(**part).logits, labels)
+            return answer_losses(model(**part).logits, labels, own[indices])
 
         def _step(self, model) -> None:
             if self.args.max_grad_norm > 0:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import MM4KEError
+from ..errors import MM4KEError, first_line
 from ..fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB
 
 
@@ -40,7 +40,10 @@ class RsftArguments:
     )
     rsft_loss_threshold: float = field(
         default=0.1,
-        metadata={"help": "tau: R-SFT leaves a fact whose mean loss per answer token is under this (nats)."},
+        metadata={
+            "help": "tau: R-SFT leaves a fact whose mean loss per token is under this (nats), both over the answer's "
+            "own tokens and over all that are trained, with the end of the turn."
+        },
     )
     rsft_lookahead: int | None = field(
         default=None,
@@ -111,6 +114,20 @@ def recipe_name() -> str:
     return next((word for word in sys.argv[1:2] if word.endswith((".yaml", ".yml", ".json"))), "command line")
 
 
+def asks_for_rsft(args: dict | list[str]) -> bool:
+    """Whether a recipe says `rsft: true`: its keys, or the words of a command line."""
+    if isinstance(args, dict):
+        return str(args.get("rsft")).lower() == "true"
+    return any(word.lower() in ("--rsft", "--rsft=true") for word in args)
+
+
+def advice_on(error: ValueError) -> str:
+    """What transformers found wrong with the training arguments, in one line that says what would be right."""
+    if "use_cpu" in str(error):
+        return "bf16: true: no GPU here computes in bfloat16; on a CPU set bf16: false, which is faster, or add use_cpu: true"
+    return first_line(error)
+
+
 def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
     """Refuse what R-SFT cannot mean, and bring the `rsft_` values into one form: lists of layers and of modules.
 
@@ -146,13 +163,21 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
         (training_args, "auto_find_batch_size", False, "the batch is what R-SFT visits at once"),
         (data_args, "packing", False, "packed facts have no loss of their own"),
         (data_args, "neat_packing", False, "packed facts have no loss of their own"),
+        (data_args, "train_on_prompt", False, "the question is given, the answer is what R-SFT trains and judges"),
         (data_args, "streaming", False, "R-SFT counts visits by epochs, which a stream does not have"),
         (data_args, "tokenized_path", None, "what was tokenized there would be trained, whatever the facts are now"),
         (model_args, "quantization_bit", None, "quantized weights can't be trained; give the model in 16 or 32 bit"),
+        (
+            model_args,
+            "enable_liger_kernel",
+            False,
+            "its fused loss keeps to itself what tau judges, the answer's part",
+        ),
         (model_args, "use_unsloth", False, "its kernels replace the layers that R-SFT selects"),
         (model_args, "use_kt", False, "its kernels replace the layers that R-SFT selects"),
         (model_args, "mixture_of_depths", None, "then a fact does not pass every layer"),
         (training_args, "fp16", False, "the loss scaler skips steps that R-SFT would count; use bf16"),
+        (finetuning_args, "pure_bf16", False, "the trained weights stay in float32; use bf16, on a CPU with use_cpu"),
         (training_args, "fp8", False, "the trained weights stay in float32; use bf16"),
         (training_args, "deepspeed", None, "R-SFT is sequential and runs in one process"),
         (training_args, "label_smoothing_factor", 0, "the threshold is for the plain cross-entropy"),
@@ -180,6 +205,7 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
             "R-SFT is sequential, every visit starts from the weights the last one left: run it in one process "
             "(NPROC_PER_NODE=1, or CUDA_VISIBLE_DEVICES=0 where there are several GPUs)",
         )
+    data_args.rsft = True  # for where the facts are tokenized, which sees these arguments only
     if training_args.do_train:
         _check_model_folder(model_args.model_name_or_path, refuse)
         _check_datasets(data_args, refuse)

@@ -156,6 +156,14 @@ class MM4KELM(HFLM):
             parameter = self.model.get_parameter(name)
             parameter.data, self._reference_tensors[name] = tensor.to(parameter.device), parameter.data
 
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
+        if not self.tokenizer.chat_template:
+            raise MM4KEError(
+                f"apply_chat_template: {self.tokenizer.name_or_path} has no chat template; leave it out for raw "
+                "prompts, in which facts are trained with template: empty"
+            )
+        return super().apply_chat_template(*arguments, **options)
+
     # ---- requests ----
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:

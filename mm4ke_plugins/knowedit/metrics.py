@@ -95,6 +95,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: Question, prompt_format
     return Encoded(prompt_ids + tokenizer(question.answer, add_special_tokens=False).input_ids, len(prompt_ids))
 
 
+def prompt_formats(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The formats that a model can be asked in: without a chat template raw prompts only."""
+    return PROMPT_FORMATS if tokenizer.chat_template else ("raw",)
+
+
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The token ids of a conversation in which the user has said `prompt` and the assistant is to speak."""
     text = tokenizer.apply_chat_template(
@@ -286,13 +291,14 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int = 32
 ) -> list[str]:
-    """What the model says to each prompt: chat template, most likely token each time, until it ends its turn.
+    """What the model says to each prompt: most likely token each time, until it ends its turn.
 
+    In the chat template, or, where the tokenizer has none, to the raw prompt.
     An answer that was not finished after `max_new_tokens` ends in "…".
     """
-    input_ids, attention_mask = _padded(
-        [chat_prompt(tokenizer, prompt) for prompt in prompts], model.device, side="left"
-    )
+    in_chat = "chat" in prompt_formats(tokenizer)
+    asked = [chat_prompt(tokenizer, prompt) if in_chat else tokenizer(prompt).input_ids for prompt in prompts]
+    input_ids, attention_mask = _padded(asked, model.device, side="left")
     stops = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
     # A fresh configuration: the model's own may ask for sampling.

@@ -32,24 +32,28 @@ class Recipe:
 
     def __init__(self, path: Path, **overrides):
         import yaml
-        from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_dataset, get_template_and_fix_tokenizer
         from llamafactory.hparams import get_train_args
-        from llamafactory.model import load_tokenizer
+        from llamafactory.train.sft import workflow
+
+        from mm4ke_plugins.hosts.llamafactory_facts import OWN, OwnCollator
 
         recipe = yaml.safe_load(path.read_text()) | {"plot_loss": False} | overrides
         with redirect_stdout(None):
             model_args, data_args, self.training, self.finetuning, _ = get_train_args(recipe)
-            modules = load_tokenizer(model_args)
-            template = get_template_and_fix_tokenizer(modules["tokenizer"], data_args)
-            rows = get_dataset(template, model_args, data_args, self.training, stage="sft", **modules)["train_dataset"]
+            modules = workflow.load_tokenizer(model_args)
+            template = workflow.get_template_and_fix_tokenizer(modules["tokenizer"], data_args)
+            arguments = (template, model_args, data_args, self.training)
+            rows = workflow.get_dataset(*arguments, stage="sft", **modules)["train_dataset"]
         self.tokenizer = modules["tokenizer"]
         self.folder = model_args.model_name_or_path
-        collate = SFTDataCollatorWith4DAttentionMask(template=template, pad_to_multiple_of=8, **modules)
+        collator = workflow.SFTDataCollatorWith4DAttentionMask
+        collate = OwnCollator(collator(template=template, pad_to_multiple_of=8, **modules))
         size = self.training.per_device_train_batch_size
         self.batches = [
             dict(collate([rows[index] for index in range(start, min(start + size, len(rows)))]))
             for start in range(0, len(rows), size)
         ]
+        self.own = [batch.pop(OWN) for batch in self.batches]  # of each batch, the answers' own tokens
 
     def model(self) -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).train().requires_grad_(False)
@@ -81,14 +85,16 @@ class Run:
             loss_threshold=tau,
             steps_per_sample=finetuning.rsft_steps_per_sample,
         )
-        self.samples = [samples_of(batch, "cpu") for batch in self.recipe.batches]
+        self.samples = [
+            samples_of(batch, "cpu", own) for batch, own in zip(self.recipe.batches, self.recipe.own, strict=True)
+        ]
 
     def visit(self, index: int) -> Visit:
         batch = self.recipe.batches[index]
         begin = time.perf_counter()
         visit = self.visitor.visit(
             self.samples[index : index + self.lookahead],
-            plain_losses=lambda indices: self._plain_losses(batch, indices),
+            plain_losses=lambda indices: self._plain_losses(batch, self.recipe.own[index], indices),
             backward=torch.Tensor.backward,
             step=self._step,
             zero_grad=self.model.zero_grad,
@@ -99,12 +105,13 @@ class Run:
         self.visits.append(visit)
         return visit
 
-    def _plain_losses(self, batch, indices) -> torch.Tensor:
+    def _plain_losses(self, batch, own, indices) -> tuple[torch.Tensor, torch.Tensor]:
         if len(batch["input_ids"]) == 1:
-            return self.model(**batch).loss[None]
+            output = self.model(**batch)
+            return output.loss[None], answer_losses(output.logits.detach(), batch["labels"], own)[1]
         part = {key: value[indices] for key, value in batch.items()}
         labels = part.pop("labels")
-        return answer_losses(self.model(**part).logits, labels)
+        return answer_losses(self.model(**part).logits, labels, own[indices])
 
     def _step(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.training.max_grad_norm)
