@@ -1,7 +1,8 @@
-# Three commands on a machine with Python 3.11+, make and git:
+# Four commands on a machine with Python 3.11+, make and git:
 #
 #     make edit    teach SmolLM2-135M-Instruct the facts in recipes/facts.json, and show what that did
 #     make test    check the code's form (make lint), and run the whole test suite
+#     make faults  break every command in the middle, about 60 times, and show what was left of it
 #     make bench   measure speed and memory; FACTS=FILE takes other facts than recipes/facts.json
 #
 # All make the environment .venv first. Running them again redoes only what is missing or outdated.
@@ -13,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # OpenMP's threads sleep while they wait for each other. Spinning, training takes many times longer beside other work.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: edit lint test bench clean
+.PHONY: edit lint test faults bench clean
 .DELETE_ON_ERROR:
 
 edit: work/comparison/comparison.md work/report/report.html
@@ -68,6 +69,9 @@ lint: $(BIN)/.test
 
 test: lint
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+
+faults: $(BIN)/.test
+	python tests/faults.py
 
 FACTS ?= recipes/facts.json
 

@@ -87,6 +87,11 @@ class NewTensor:
 # ---- reading ----
 
 
+def is_safetensors(folder: Path) -> bool:
+    """Whether a folder has a model's weights under the names that transformers gives to safetensors files."""
+    return any((folder / name).is_file() for name in (INDEX, "model.safetensors"))
+
+
 def tensor_files(folder: Path) -> dict[str, Path]:
     """The safetensors file that holds each tensor of a model folder, by the tensor's name.
 

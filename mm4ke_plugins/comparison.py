@@ -143,7 +143,10 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The folder's model in evaluation mode. Raises MM4KEError when it can't be read or tensors are missing."""
+    """The folder's model in evaluation mode.
+
+    Raises MM4KEError when it can't be read, when tensors are missing, and when one holds NaN or infinity.
+    """
     transformers_logging.disable_progress_bar()  # there is one bar for everything
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -154,7 +157,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise MM4KEError(f"{folder}: the model lacks {len(names)} tensors, for example {names[0]}; save it again")
-    return model.to(device).eval()
+    model.to(device)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise MM4KEError(f"{folder}: {name} holds NaN or infinity; train or copy the model again")
+    return model.eval()
 
 
 def disk_change(base: Path, folder: Path) -> dict[str, Any]:

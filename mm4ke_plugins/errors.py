@@ -8,6 +8,8 @@ The message is one line that names the file, the key, the value found and what w
 import sys
 from types import TracebackType
 
+from tqdm import tqdm
+
 
 class MM4KEError(ValueError):
     """A mistake in the user's input. `str(error)` is the one line that the user sees."""
@@ -30,6 +32,8 @@ def report_in_one_line() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, MM4KEError):
+            for bar in list(getattr(tqdm, "_instances", ())):
+                bar.close()  # or the line would go on where the bar ends
             print(f"mm4ke: error: {error}", file=sys.stderr)
         else:
             previous(kind, error, trace)

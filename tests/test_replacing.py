@@ -11,6 +11,7 @@ from mm4ke_plugins.delta_commands import apply, extract, revert
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.general import prepare
 from mm4ke_plugins.general.sources import Table
+from mm4ke_plugins.hosts.mergekit_stream import StreamingExecutor
 from mm4ke_plugins.replacing import RECORD, note_files, users_files
 
 # ---- merges ----
@@ -122,14 +123,10 @@ def test_a_model_is_no_result(models, tmp_path):  # noqa: F811
 
 
 def test_what_is_put_there_while_the_merge_runs(models, results, tmp_path, monkeypatch):  # noqa: F811
-    import mergekit.merge
-
     out = tmp_path / "out"
     shutil.copytree(results / "full", out, copy_function=shutil.copy2)
-    execute = mergekit.merge.Executor.func._stream
-    monkeypatch.setattr(
-        mergekit.merge.Executor.func, "_stream", lambda *args: (put(out, "late.txt"), execute(*args))[1]
-    )
+    execute = StreamingExecutor._stream
+    monkeypatch.setattr(StreamingExecutor, "_stream", lambda *args: (put(out, "late.txt"), execute(*args))[1])
     with pytest.raises(MM4KEError, match="late.txt would be lost"):
         run_merge(recipe(models), out)
     assert (out / "late.txt").read_text() == "mine"

@@ -485,10 +485,6 @@ def no_base(copy):
     shutil.rmtree(copy / "base")
 
 
-def no_template(copy):
-    (copy / "base" / "chat_template.jinja").unlink()
-
-
 def one_record(copy):
     (copy / "facts.json").write_text(json.dumps(FACTS[:1]))
 
@@ -526,7 +522,6 @@ def other_facts(copy):
         (finished_delta, r"models/finished: is finished \(weight 0.5, density 0.5\), so there is nothing to choose"),
         (cut_delta, r"models/one.delta: not a readable safetensors file"),
         (no_base, r"^--base .*models/base: no such folder; give the folder of the base model"),
-        (no_template, r"models/base: the tokenizer has no chat template; add one, or use --prompt-format raw"),
         (lambda copy: {"edited": copy / "base"}, r"models/base: equals .*models/base, so there is no delta"),
         (lambda copy: {"edited": copy / "facts.json"}, r"facts.json: not a readable safetensors file"),
         (lambda copy: {"facts": copy / "none.json"}, r"none.json: No such file"),

@@ -39,7 +39,7 @@ from ..model_names import name_in
 from ..provenance import Provenance, joint_hash, parameter_hashes
 from ..rsft import EpochBooks, LossNotFinite, Visit
 from . import LLAMAFACTORY
-from .llamafactory_checkpoint import Output, config_settings, needed_no_update, take_recipe
+from .llamafactory_checkpoint import Output, config_settings, needed_no_update, take_recipe, written_to
 from .llamafactory_data import renew_cached_facts
 from .llamafactory_recipe import (
     advice_on,
@@ -185,7 +185,8 @@ def substitute_trainer(workflow) -> None:
                 checkpoint = self.output.prepare(recipe.resume, self.args.overwrite_output_dir)
                 if self.output.is_finished:
                     return self._take_result()
-                return super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+                with written_to(self.output.folder):
+                    return super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
             except BaseException:
                 self.output.lock.release()
                 raise
@@ -232,7 +233,8 @@ def substitute_trainer(workflow) -> None:
                 return
             there = self.output is not None and self.output.is_finished
             if self.finetuning_args.rsft_save_model and not (there and self.output.has_model):
-                super().save_model(output_dir, _internal_call)
+                with written_to(Path(self.args.output_dir)):
+                    super().save_model(output_dir, _internal_call)
             if self.finetuning_args.rsft_save_delta and not (there and self.output.delta.exists()):
                 base, names = self._base_tensors()
                 arguments = self.finetuning_args.to_dict() | self.args.to_dict()
@@ -249,7 +251,8 @@ def substitute_trainer(workflow) -> None:
 
         def save_state(self):
             """The last that is written: from here on the training counts as finished."""
-            super().save_state()
+            with written_to(self.output.folder):
+                super().save_state()
             if not self.finetuning_args.rsft_save_model:
                 self.output.remove_checkpoints()
             self.output.lock.release()

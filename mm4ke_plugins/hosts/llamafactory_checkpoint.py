@@ -8,16 +8,21 @@ folder it says that the checkpoint is complete, in `output_dir` itself that the 
 import json
 import re
 import shutil
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from llamafactory.extras.constants import CHECKPOINT_NAMES
+from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from ..errors import MM4KEError
+from ..checkpoint import is_safetensors, tensor_files
+from ..errors import MM4KEError, first_line
+from ..files import refused_in_one_line
 from ..knowledge_delta import load_delta
 from ..provenance import Provenance
 from .llamafactory_recipe import recipe_name
@@ -113,6 +118,18 @@ def needed_no_update(log_history: list[dict[str, Any]]) -> bool:
     return [entry["rsft_updates"] for entry in log_history if "rsft_updates" in entry][-1:] == [0]
 
 
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """Turn what the libraries that write a training's files raise on a full disk into an MM4KEError in one line."""
+    with refused_in_one_line(folder):
+        try:
+            yield
+        except (RuntimeError, SafetensorError) as error:
+            if isinstance(error, SafetensorError) or "inline_container" in str(error):  # torch.save's C++
+                raise MM4KEError(f"{folder}: can't be written: {first_line(error)}; give another place") from error
+            raise
+
+
 class Output:
     """A training's output_dir, and the knowledge delta beside it."""
 
@@ -141,9 +158,10 @@ class Output:
 
         Raises MM4KEError, which says what is there and what differs.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self.lock.acquire()
+            with refused_in_one_line(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock.acquire()
         except Timeout:
             raise self._error(
                 self.folder, "another training is writing to it", "wait for it, or give another output_dir"
@@ -210,6 +228,10 @@ class Output:
                     checkpoint,
                     f"has no {name} (save_only_model: true leaves it out), so going on from it would give other weights",
                 )
+            if not zipfile.is_zipfile(checkpoint / name):  # as torch saves it, with the directory at the end
+                raise self._error(checkpoint, f"{name} is damaged", "remove this checkpoint, or train anew")
+        if is_safetensors(checkpoint):
+            tensor_files(checkpoint)  # it says which file is damaged or missing
 
     def _is_finished(self) -> bool:
         state = read_state(self.folder)

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import is_safetensors, tensor_files
 from ..errors import MM4KEError, first_line
 from ..fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB
 
@@ -249,6 +250,8 @@ def _check_model_folder(name: str, refuse) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             refuse("model_name_or_path", name, "this folder has no config.json; give a model in transformers' format")
+        if is_safetensors(folder):
+            tensor_files(folder)  # it says which file is damaged or missing
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1:  # what no hub id looks like
         refuse("model_name_or_path", name, "no such folder; give a model's folder or a hub id such as org/name")
 
