@@ -156,8 +156,9 @@ def substitute_trainer(workflow) -> None:
     original = workflow.CustomSeq2SeqTrainer
 
     class RsftTrainer(original):
-        def __init__(self, *, data_collator, **kwargs):
-            super().__init__(data_collator=llamafactory_facts.OwnCollator(data_collator), **kwargs)
+        def __init__(self, *, model, data_collator, **kwargs):
+            refuse_damaged(model)  # before there is an output_dir
+            super().__init__(model=model, data_collator=llamafactory_facts.OwnCollator(data_collator), **kwargs)
             self._refuse_mixed_dtypes()
             self.visited: Visit | None = None
             self.visit_grad_norm: torch.Tensor | float | None = None
@@ -366,6 +367,16 @@ def substitute_trainer(workflow) -> None:
         return super(original, cls).__new__(RsftTrainer if asked else cls)
 
     original.__new__ = new
+
+
+def refuse_damaged(model: torch.nn.Module) -> None:
+    """Raises MM4KEError for a model with NaN or infinite parameters, which would look like a learning rate too high."""
+    for name, parameter in model.named_parameters():
+        if not parameter.detach().sum(dtype=torch.float32).isfinite():
+            raise MM4KEError(
+                f"{recipe_name()}: model_name_or_path: {model.config._name_or_path}: {name} has nan or infinite values; "
+                "use an undamaged copy of the model"
+            )
 
 
 def make_visitor(trainer) -> Visitor:

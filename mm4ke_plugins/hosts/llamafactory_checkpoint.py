@@ -6,6 +6,7 @@ folder it says that the checkpoint is complete, in `output_dir` itself that the 
 """
 
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -67,9 +68,10 @@ class Recipe:
 def take_recipe(model_args, data_args, training_args, finetuning_args) -> Recipe:
     """Note the recipe for the trainer, and take the choice of a checkpoint away from LLaMA-Factory.
 
-    Raises MM4KEError where the training would write into its base model.
+    Raises MM4KEError where the training would write into its base model, or can't write at all.
     """
     _refuse_to_write_into_the_base(Path(model_args.model_name_or_path), Path(training_args.output_dir))
+    _refuse_where_nothing_can_be_written(Path(training_args.output_dir))
     counted = SAVING if training_args.load_best_model_at_end else set()
     settings = {
         key: value
@@ -90,6 +92,15 @@ def _refuse_to_write_into_the_base(base: Path, output: Path) -> None:
         raise MM4KEError(
             f"{recipe_name()}: output_dir: {output}: the base model ({base}) is in this folder, and would be "
             "overwritten; give another output_dir"
+        )
+
+
+def _refuse_where_nothing_can_be_written(output: Path) -> None:
+    """Before the model is loaded; and the Trainer makes the folder on its own, with a traceback."""
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise MM4KEError(
+            f"{recipe_name()}: output_dir: {output}: nothing can be written in {there}; give another output_dir"
         )
 
 
