@@ -415,7 +415,7 @@ def _(folder, reference, chance):
 def _(folder, reference, chance):
     fresh(folder)
     damage(folder / "base", float("nan"))
-    return "refused: " + refused(TRAIN, folder, "nan")
+    return "refused: " + refused(TRAIN, folder, "NaN")
 
 
 @fault("training", "two at once with one output folder")

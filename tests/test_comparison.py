@@ -251,6 +251,13 @@ def without_tokenizer(copy):
         path.unlink()
 
 
+def nan_in_it(copy):
+    path = copy / "merged" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[GATE][5, 5] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+
+
 def broken_facts(copy):
     (copy / "facts.json").write_text("[")
 
@@ -265,6 +272,7 @@ def broken_facts(copy):
         (damaged_index, r"models/merged/model.safetensors.index.json: not an index of safetensors files"),
         (lost_shard, r"models/merged/model-00002.safetensors: no such file"),
         (lost_tensor, rf"models/merged: the model lacks 1 tensors, for example {GATE}"),
+        (nan_in_it, rf"models/merged: {GATE} holds NaN or infinity; train or copy"),
         (other_shapes, rf"models/merged: {GATE} is 48x32, in .*models/base it is 64x32; compare models"),
         (other_vocabulary, r"models/rsft: its vocabulary of 259 tokens is not that of .*'<\|endoftext\|>' differs"),
         (without_tokenizer, r"models/rsft: transformers can't load its tokenizer"),

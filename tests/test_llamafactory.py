@@ -14,12 +14,13 @@ import pytest
 import torch
 import yaml
 from conftest import run_command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_rsft import algorithm_1
 from tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 
 from mm4ke_plugins.editing import fact_losses
+from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.fast_forward import FastForward
 from mm4ke_plugins.hosts.llamafactory import wait_policy_hint
 from mm4ke_plugins.hosts.llamafactory_recipe import RsftArguments
@@ -210,8 +211,6 @@ def test_breadth_first_trains_the_unconverged_facts_of_a_batch_together(recipe):
 
 
 def test_dropout_rules_the_fast_paths_out(recipe, tmp_path):
-    from mm4ke_plugins.errors import MM4KEError
-
     base = make_tiny_model(tmp_path / "dropout", attention_dropout=0.25)
     recipe |= {"model_name_or_path": str(base), "num_train_epochs": 1}
     for key, value in (("rsft_lookahead", 4), ("rsft_prefix_cache_mb", 64)):
@@ -424,8 +423,6 @@ BAD_VALUES = [
 
 @pytest.mark.parametrize("change, message", BAD_VALUES, ids=[str(change) for change, _ in BAD_VALUES])
 def test_bad_recipe(recipe, change, message):
-    from mm4ke_plugins.errors import MM4KEError
-
     with pytest.raises(MM4KEError, match=message) as caught:
         train(recipe | change)
     assert "\n" not in str(caught.value)
@@ -453,19 +450,37 @@ BAD_FILES = [
 
 @pytest.mark.parametrize("name, text, message", BAD_FILES)
 def test_bad_dataset(recipe, name, text, message):
-    from mm4ke_plugins.errors import MM4KEError
-
     (Path(recipe["dataset_dir"]) / name).write_text(text)
     with pytest.raises(MM4KEError, match=message):
         train(recipe)
 
 
 def test_mixed_dtypes_without_autocast(recipe, tmp_path):
-    from mm4ke_plugins.errors import MM4KEError
-
     base = make_tiny_model(tmp_path / "bf16", dtype=torch.bfloat16)
     with pytest.raises(MM4KEError, match="bf16: false: the trained FFN is float32 in a model of bfloat16, float32"):
         train(recipe | {"model_name_or_path": str(base), "infer_dtype": "bfloat16"})
+
+
+def test_a_damaged_base(recipe, tmp_path):
+    """NaN in it would look like a learning rate that is too high."""
+    base = make_tiny_model(tmp_path / "damaged")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        MM4KEError, match=r"model_name_or_path: .*damaged: model.layers.2.mlp.up_proj.weight holds NaN"
+    ):
+        train(recipe | {"model_name_or_path": str(base)})
+    os.truncate(base / "model.safetensors", 5000)
+    with pytest.raises(MM4KEError, match=r"damaged/model.safetensors: not a readable safetensors file"):
+        train(recipe | {"model_name_or_path": str(base)})
+    assert not Path(recipe["output_dir"]).exists()
+
+
+def test_nothing_can_be_written(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MM4KEError, match="output_dir: .*file/rsft: nothing can be written in .*file; give another"):
+        train(recipe | {"output_dir": str(tmp_path / "file" / "rsft")})
 
 
 def test_a_mistake_is_one_line_of_the_command(recipe, tmp_path):

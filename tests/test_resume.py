@@ -238,6 +238,13 @@ def test_a_checkpoint_without_the_state_of_the_training(interrupted, name):
     )
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_damaged_checkpoint(interrupted, name):
+    path = Path(interrupted["output_dir"]) / "checkpoint-5" / name
+    os.truncate(path, path.stat().st_size // 2)
+    refused(interrupted, rf"checkpoint-5[:/].*{name}:? (is damaged; remove this|not a readable safetensors file)")
+
+
 @pytest.mark.parametrize("key, value", [("ignore_data_skip", True), ("tokenized_path", "tokens")])
 def test_keys_that_would_train_something_else(recipe, key, value):
     refused(recipe | {key: value}, f"{key}: {value}: with rsft: true it must be (false|null): ")

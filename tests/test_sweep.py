@@ -173,6 +173,15 @@ def test_raw_prompts_and_facts_without_probes(home, tmp_path):
     assert edit_success[0] != edit_success[1]
 
 
+def test_a_base_without_chat_template_is_asked_in_raw_prompts(home, tmp_path):
+    shutil.copytree(home / "base", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    grid = {"weights": [1.0], "densities": [1.0]}
+    found = sweep(tmp_path / "base", home / "one.delta", home / "facts.json", **grid)
+    expected = sweep(home / "base", home / "one.delta", home / "facts.json", **grid, prompt_format="raw")
+    assert found["points"] == expected["points"]
+
+
 # ---- what is left out, and the rule ----
 
 

@@ -374,7 +374,7 @@ def refuse_damaged(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.detach().sum(dtype=torch.float32).isfinite():
             raise MM4KEError(
-                f"{recipe_name()}: model_name_or_path: {model.config._name_or_path}: {name} has nan or infinite values; "
+                f"{recipe_name()}: model_name_or_path: {model.config._name_or_path}: {name} holds NaN or infinity; "
                 "use an undamaged copy of the model"
             )
 
