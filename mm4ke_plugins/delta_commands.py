@@ -205,7 +205,7 @@ def apply(
     found = [load_delta(path) for path in deltas]
     check_alike(found)
     choices = [
-        choose(_of(weights, place, found, "--weight"), _of(densities, place, found, "--density"), delta.manifest)
+        choose(_of(weights, place, found, "--weight"), _of(densities, place, found, "--density"), delta.manifest.applied is not None)
         for place, delta in enumerate(found)
     ]
     for delta in found:

@@ -110,12 +110,11 @@ class Manifest(Strict):
     tensors: Annotated[dict[Name, TensorInfo], Field(min_length=1)]
 
 
-def choose(weight: float | None, density: float | None, manifest: Manifest | None = None) -> tuple[float, float]:
+def choose(weight: float | None, density: float | None, finished: bool = False) -> tuple[float, float]:
     """The weight and density that count where one may be left out: 1 and 1 for a finished delta, else 0.8 and 0.8.
 
     Raises MM4KEError for a weight outside -10 to 10 and a density that is not above 0 and up to 1.
     """
-    finished = manifest is not None and manifest.applied is not None
     weight = (1.0 if finished else DEFAULT_WEIGHT) if weight is None else weight
     density = (1.0 if finished else DEFAULT_DENSITY) if density is None else density
     if not isinstance(weight, (int, float)) or not -10 <= weight <= 10:

@@ -119,7 +119,7 @@ class LiveDelta:
             name: choose(
                 weight.get(name) if isinstance(weight, Mapping) else weight,
                 density.get(name) if isinstance(density, Mapping) else density,
-                self.delta.manifest,
+                self.delta.manifest.applied is not None,
             )
             for name in self.edited
         }

@@ -72,7 +72,7 @@ class MM4KELM(HFLM):
         self._delta, self._choice = None, (weight, density)
         if knowledge_delta:
             self._delta = load_delta(Path(str(knowledge_delta)))
-            choose(weight, density, self._delta.manifest)
+            choose(weight, density, self._delta.manifest.applied is not None)
             identity.append([_file_fingerprint(self._delta.path), weight, density])
             if base and base.samefile(folder):
                 base = None  # it is the reference anyway
