@@ -158,7 +158,7 @@ def easyedit(methods: str, output: Path, **options) -> None:
     """
     from rich.console import Console
 
-    from .easyedit_benchmark import benchmark, show_table
+    from .hosts.easyedit.benchmark import benchmark, show_table
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names:
@@ -176,7 +176,7 @@ def tasks() -> None:
 
     lm-eval looks up the names of tasks before it loads anything of ours, so this has to be said.
     """
-    from .hosts.lm_eval import PACKAGE
+    from .hosts.lm_eval.adapter import PACKAGE
 
     click.echo(PACKAGE)
 
@@ -217,7 +217,7 @@ def extract(base: Path, edited: Path, output: Path, weight: float | None, densit
     R-SFT's model with --weight 0.8 --density 0.8 gives the delta of the merged model. --weight 1 --density 1 takes
     EDITED as it is: say this of a model that was merged before.
     """
-    from .delta_commands import extract
+    from .delta.folders import extract
 
     manifest = extract(base, edited, output, weight, density, recipe)
     kept = sum(info.count for info in manifest.tensors.values())
@@ -244,7 +244,7 @@ def apply(
     By default an unfinished delta has weight 0.8 and density 0.8, as in recipes/merge.yaml, and a finished one is
     taken as it is.
     """
-    from .delta_commands import apply
+    from .delta.folders import apply
 
     apply(base, deltas, output, weights, densities, link)
     click.echo(output)
@@ -257,7 +257,7 @@ def apply(
 @click.option("--link", is_flag=True, help="Hard-link files of weights that stay as they are.")
 def revert(model: Path, delta: Path, output: Path, link: bool) -> None:
     """Give back the base, bit for bit, of a MODEL that DELTA was applied to."""
-    from .delta_commands import revert
+    from .delta.folders import revert
 
     revert(model, delta, output, link)
     click.echo(output)
@@ -269,7 +269,7 @@ def show_delta(delta: Path) -> None:
     """Print a delta's metadata, tensors and a histogram of its magnitudes."""
     from rich.console import Console
 
-    from .delta_commands import show
+    from .delta.show import show
 
     show(delta, Console())
 
@@ -282,7 +282,7 @@ def diff_deltas(first: Path, second: Path, base: Path | None) -> None:
     """Print how far two deltas of one base overlap, and where they contradict each other."""
     from rich.console import Console
 
-    from .delta_commands import diff
+    from .delta.show import diff
 
     diff(first, second, base, Console())
 
@@ -307,8 +307,8 @@ def sweep(weights: str | None, densities: str | None, output: Path, **options) -
     """
     from rich.console import Console
 
-    from .sweep import DENSITIES, WEIGHTS, sweep
-    from .sweep_output import apply_command, check_output, show, write
+    from .sweep.choose import DENSITIES, WEIGHTS, sweep
+    from .sweep.output import apply_command, check_output, show, write
 
     grid = {
         "weights": _numbers("--weights", weights) if weights is not None else WEIGHTS,

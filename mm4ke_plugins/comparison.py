@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,27 @@ from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedTokenizerBase
 
-from .checkpoint import open_tensors
-from .errors import MM4KEError, first_line
-from .files import alone_in, refused_in_one_line, replace_text
+from .errors import MM4KEError
 from .knowedit.dataset import read_facts
 from .knowedit.metrics import (
     METRICS,
     answer,
-    encode,
     mean_scores,
     mean_scores_by_axis,
+    neutral_text,
     perplexity,
     predict,
-    prompt_formats,
     question_scores,
     questions_of,
 )
-from .model_names import model_names
+from .knowedit.prompts import encode, prompt_formats
+from .report.markdown import markdown_table
+from .storage.atomic import alone_in, refused_in_one_line, replace_text
+from .storage.checkpoint import open_tensors
+from .storage.models import load_model, load_tokenizer, require_model_folder, require_same_vocabulary
+from .storage.names import model_names
 
 TITLES = {"base": "base", "rsft": "R-SFT", "merged": "merged"}
 FORMAT_TITLES = {"raw": "raw prompts", "chat": "chat template"}
@@ -71,7 +70,7 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
     tokenizer = _common_tokenizer(folders)
     forms = prompt_formats(tokenizer)
     codes = {form: [encode(tokenizer, question, form) for question in questions] for form in forms}
-    text = (files(__package__) / "neutral_text.txt").read_text(encoding="utf-8")
+    text = neutral_text()
     prompts = [record.prompt for record in records[:FACTS_SHOWN]]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,28 +141,6 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
 # ---- the folders ----
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The folder's model in evaluation mode.
-
-    Raises MM4KEError when it can't be read, when tensors are missing, and when one holds NaN or infinity.
-    """
-    transformers_logging.disable_progress_bar()  # there is one bar for everything
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise MM4KEError(f"{folder}: transformers can't load this model: {first_line(error)}") from error
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise MM4KEError(f"{folder}: the model lacks {len(names)} tensors, for example {names[0]}; save it again")
-    model.to(device)
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise MM4KEError(f"{folder}: {name} holds NaN or infinity; train or copy the model again")
-    return model.eval()
-
-
 def disk_change(base: Path, folder: Path) -> dict[str, Any]:
     """How the tensors saved in `folder` differ from those in `base`; one tensor of each is in memory at a time.
 
@@ -215,34 +192,6 @@ def _common_tokenizer(folders: dict[str, Path]) -> PreTrainedTokenizerBase:
         # What a base without a chat template was trained in.
         base.chat_template = base.chat_template or edited.chat_template
     return base
-
-
-def require_model_folder(folder: Path, option: str, title: str) -> None:
-    """Refuse what is not the folder of a model. `option` and `title` are what the message calls it."""
-    if not folder.is_dir():
-        raise MM4KEError(f"{option}: no such folder; give the folder of the {title} model")
-    if not (folder / "config.json").is_file():
-        raise MM4KEError(f"{option}: no config.json in it; give a model folder as transformers saves it")
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. Raises MM4KEError when transformers can't load it."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise MM4KEError(f"{folder}: transformers can't load its tokenizer: {first_line(error)}") from error
-
-
-def require_same_vocabulary(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, base_folder: Path, base: PreTrainedTokenizerBase
-) -> None:
-    """Refuse a tokenizer with other tokens or ids than the base's, naming the first that differs."""
-    vocabulary, other = base.get_vocab(), tokenizer.get_vocab()
-    if differing := sorted(token for token, _ in vocabulary.items() ^ other.items()):
-        raise MM4KEError(
-            f"{folder}: its vocabulary of {len(other)} tokens is not that of {base_folder} "
-            f"({len(vocabulary)}): {differing[0]!r} differs; compare models that were made from this base"
-        )
 
 
 def _shape(tensor: torch.Tensor) -> str:
@@ -342,9 +291,3 @@ def _changes(result: dict[str, Any]) -> list[str]:
         more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
         lines.append(f"{TITLES[key]}: {len(names)} of {disk['tensors']} tensors changed: {listed}{more}")
     return lines
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    cells = [header, ["---"] * len(header)]
-    cells += [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in cells]

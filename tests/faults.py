@@ -361,7 +361,7 @@ def _(folder, reference, chance):
     fresh(folder)
     (folder / "oom.py").write_text(
         "import sys, torch\n"
-        "from mm4ke_plugins.fast_forward import FastForward\n"
+        "from mm4ke_plugins.rsft.forward import FastForward\n"
         "losses, calls = FastForward.losses, 0\n"
         "def fail_once(self, samples):\n"
         "    global calls\n"

@@ -133,7 +133,7 @@ def classes() -> dict[str, object]:
 with contextlib.redirect_stdout(sys.stderr):
     found = {probe.__name__: probe() for probe in (tasks, sft, merge, arguments, classes)}
     found["arguments with rsft"] = None
-    if "mm4ke_plugins.hosts.llamafactory" in sys.modules:
+    if "mm4ke_plugins.hosts.llamafactory.adapter" in sys.modules:
         asked = {"rsft": True, "rsft_layers": 1, "rsft_steps_per_sample": 4, "output_dir": "never"}
         finetuning_args = get_train_args(RECIPE | asked | {"per_device_train_batch_size": 1})[3]
         Path("finetuning_args.pickle").write_bytes(pickle.dumps(finetuning_args))

@@ -77,7 +77,7 @@ def test_activating_twice_leaves_one_hook():
 
 def test_a_broken_adapter_is_a_warning_and_the_host_works():
     """An adapter whose import fails stands for every mistake of ours that a host's user must not pay for."""
-    code = f"import sys; sys.modules['mm4ke_plugins.hosts.mergekit'] = None; {SHOW_METHODS}"
+    code = f"import sys; sys.modules['mm4ke_plugins.hosts.mergekit.adapter'] = None; {SHOW_METHODS}"
     run = python(code)
     assert run.returncode == 0
     assert "'breadcrumbs'" in run.stdout

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mm4ke_plugins import checkpoint
-from mm4ke_plugins.checkpoint import (
+from mm4ke_plugins.errors import MM4KEError
+from mm4ke_plugins.storage import checkpoint
+from mm4ke_plugins.storage.checkpoint import (
     DTYPES,
     NewTensor,
     StoredTensor,
@@ -25,7 +26,6 @@ from mm4ke_plugins.checkpoint import (
     tensor_files,
     write_tensors,
 )
-from mm4ke_plugins.errors import MM4KEError
 
 
 def some_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 PEAK = """
 import resource, sys, torch
 from pathlib import Path
-from mm4ke_plugins.checkpoint import rewrite
+from mm4ke_plugins.storage.checkpoint import rewrite
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm4ke_plugins.comparison import compare, disk_change, write_report
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.knowedit.metrics import answer, encode, mean_scores, predict, question_scores, questions_of
+from mm4ke_plugins.knowedit.metrics import answer, mean_scores, predict, question_scores, questions_of
+from mm4ke_plugins.knowedit.prompts import encode
 from mm4ke_plugins.knowedit.records import read_records
 
 FACTS = [

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from mm4ke_plugins.delta import CHUNK, merge, top_p_mask
 from mm4ke_plugins.errors import MM4KEError
+from mm4ke_plugins.merging.equations import merge
+from mm4ke_plugins.merging.top_p import top_p_mask
+from mm4ke_plugins.storage.tensors import CHUNK
 
 
 def reference_mask(delta: torch.Tensor, density: float) -> torch.Tensor:

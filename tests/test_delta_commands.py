@@ -16,10 +16,11 @@ from test_mergekit import LAYER, edit, expect, ffn, load, recipe, run_merge
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM
 
-from mm4ke_plugins.delta_commands import apply, compare_deltas, diff, extract, new_folder, revert, show
+from mm4ke_plugins.delta.folders import apply, extract, new_folder, revert
+from mm4ke_plugins.delta.format import load_delta
+from mm4ke_plugins.delta.live import apply_delta
+from mm4ke_plugins.delta.show import compare_deltas, diff, show
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.knowledge_delta import load_delta
-from mm4ke_plugins.live_delta import apply_delta
 
 TRAINED = [f"model.layers.{LAYER}.mlp.{part}_proj.weight" for part in ("down", "gate", "up")]
 

@@ -25,9 +25,9 @@ import mergekit.merge  # isort: skip  # after torch, which brings the plugin
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mm4ke_plugins.delta_commands import apply, extract
+from mm4ke_plugins.delta.folders import apply, extract
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.hosts.lm_eval_model import MM4KELM
+from mm4ke_plugins.hosts.lm_eval.model import MM4KELM
 
 TASKS = ["facts_edit_success", "facts_portability_reasoning", "facts_locality_relation_specificity"]
 

@@ -13,13 +13,14 @@ from conftest import ROOT, run_command
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mm4ke_plugins import easyedit_benchmark
 from mm4ke_plugins.doctor import examine
-from mm4ke_plugins.easyedit_benchmark import EXTRA_MODULES, benchmark, last_error
-from mm4ke_plugins.easyedit_worker import Job, read_hparams
-from mm4ke_plugins.editing import Editor, Settings, encode_fact
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.hosts import EASYEDIT
+from mm4ke_plugins.hosts.easyedit import benchmark as easyedit_benchmark
+from mm4ke_plugins.hosts.easyedit.benchmark import EXTRA_MODULES, benchmark, last_error
+from mm4ke_plugins.hosts.easyedit.worker import Job, read_hparams
+from mm4ke_plugins.rsft.facts import encode_fact
+from mm4ke_plugins.rsft.live import Editor, Settings
 
 RECIPES = ROOT / "recipes" / "easyedit"
 FACTS = [("Who rules Oz?", "Tark"), ("Where is Oz?", "Up")]

@@ -7,11 +7,12 @@ import torch
 from tiny import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mm4ke_plugins.fast_forward import FastForward, active_dropout, answer_losses, samples_of
-from mm4ke_plugins.fast_rsft import Visitor
-from mm4ke_plugins.frozen_ffn import frozen_ffn
-from mm4ke_plugins.layers import decoder_layers, ffn_parameter_names
-from mm4ke_plugins.lookahead import Lookahead
+from mm4ke_plugins.rsft.forward import FastForward, active_dropout
+from mm4ke_plugins.rsft.frozen_ffn import frozen_ffn
+from mm4ke_plugins.rsft.layers import decoder_layers, ffn_parameter_names
+from mm4ke_plugins.rsft.lookahead import Lookahead
+from mm4ke_plugins.rsft.losses import answer_losses, samples_of
+from mm4ke_plugins.rsft.visitor import Visitor
 
 LAYER = 2
 TAU = 1.5

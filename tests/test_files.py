@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.files import (
+from mm4ke_plugins.storage.atomic import (
     EARLIER,
     MARKER,
     SECONDS_UNTOUCHED,
@@ -29,7 +29,7 @@ from mm4ke_plugins.files import (
 WRITER = """
 import signal, sys, time
 from pathlib import Path
-from mm4ke_plugins.files import replaced_file, written_aside
+from mm4ke_plugins.storage.atomic import replaced_file, written_aside
 
 {before}
 with {writer}(Path(sys.argv[1])) as place:
@@ -202,7 +202,7 @@ def test_two_writers_of_one_target_both_succeed(tmp_path, writer):
 MANY = """
 import sys
 from pathlib import Path
-from mm4ke_plugins.files import written_aside
+from mm4ke_plugins.storage.atomic import written_aside
 
 for number in range(100):
     with written_aside(Path(sys.argv[1])) as folder:

@@ -12,27 +12,14 @@ from conftest import ROOT
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM
 
-from mm4ke_plugins import knowledge_delta
-from mm4ke_plugins.delta import merge
-from mm4ke_plugins.delta_encoding import (
-    from_gaps,
-    identical,
-    ordered,
-    shifted_bits,
-    tensor_sha256,
-    to_gaps,
-    unpack_bits,
-)
-from mm4ke_plugins.delta_merging import check_alike
+from mm4ke_plugins.delta import format as knowledge_delta
+from mm4ke_plugins.delta.base import check_alike
+from mm4ke_plugins.delta.encoding import from_gaps, ordered, shifted_bits, to_gaps, unpack_bits
+from mm4ke_plugins.delta.format import MANIFEST_KEY, SHA256_KEY, KnowledgeDelta, load_delta, save_delta
+from mm4ke_plugins.delta.live import LiveDelta, apply_delta, on_models
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.knowledge_delta import (
-    MANIFEST_KEY,
-    SHA256_KEY,
-    KnowledgeDelta,
-    load_delta,
-    save_delta,
-)
-from mm4ke_plugins.live_delta import LiveDelta, apply_delta, on_models
+from mm4ke_plugins.merging.equations import merge
+from mm4ke_plugins.storage.tensors import identical, tensor_sha256
 
 UP = "model.layers.1.mlp.up_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -176,7 +163,7 @@ def test_bits_are_unpacked_alike_for_a_gpu(monkeypatch):
     for unpacked in (unpack_bits(bitmap), shifted_bits(bitmap)):
         assert unpacked.dtype == torch.bool
         assert unpacked.tolist() == expected
-    monkeypatch.setattr("mm4ke_plugins.delta_encoding.shifted_bits", lambda bitmap: bitmap.device.type)
+    monkeypatch.setattr("mm4ke_plugins.delta.encoding.shifted_bits", lambda bitmap: bitmap.device.type)
     assert unpack_bits(bitmap.to("meta")) == "meta"  # the one other device that every machine has
 
 

@@ -6,7 +6,7 @@ from tiny import FAMILIES, make_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.layers import ffn_parameter_names
+from mm4ke_plugins.rsft.layers import ffn_parameter_names
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mm4ke_plugins.knowledge_delta import KnowledgeDelta, load_delta, save_delta
-from mm4ke_plugins.live_delta import LiveDelta, apply_delta, on_models
+from mm4ke_plugins.delta.format import KnowledgeDelta, load_delta, save_delta
+from mm4ke_plugins.delta.live import LiveDelta, apply_delta, on_models
 
 UP, DOWN = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down"))
 

@@ -19,12 +19,12 @@ from test_rsft import algorithm_1
 from tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 
-from mm4ke_plugins.editing import fact_losses
+from mm4ke_plugins.delta.format import load_delta
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.fast_forward import FastForward
-from mm4ke_plugins.hosts.llamafactory import wait_policy_hint
-from mm4ke_plugins.hosts.llamafactory_recipe import RsftArguments
-from mm4ke_plugins.knowledge_delta import load_delta
+from mm4ke_plugins.hosts.llamafactory.adapter import wait_policy_hint
+from mm4ke_plugins.hosts.llamafactory.recipe import RsftArguments
+from mm4ke_plugins.rsft.facts import fact_losses
+from mm4ke_plugins.rsft.forward import FastForward
 
 os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
 
@@ -94,7 +94,7 @@ def transcription(recipe: dict):
     from llamafactory.hparams import get_train_args
     from llamafactory.train.sft import workflow
 
-    from mm4ke_plugins.hosts.llamafactory_facts import OwnCollator
+    from mm4ke_plugins.hosts.llamafactory.facts import OwnCollator
 
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(recipe)
     modules = workflow.load_tokenizer(model_args)
@@ -175,7 +175,7 @@ def test_the_fast_paths_are_taken_and_change_nothing(recipe, change, monkeypatch
     windows = {size for has_graph, size in scored[1:] if not has_graph}
     assert windows == (set() if change.get("rsft_lookahead") == 1 else {2})
 
-    monkeypatch.setattr("mm4ke_plugins.hosts.llamafactory.FastForward", lambda *args: None)
+    monkeypatch.setattr("mm4ke_plugins.hosts.llamafactory.adapter.FastForward", lambda *args: None)
     expected, plain_books = train(recipe | {"output_dir": recipe["output_dir"] + "-plain"})
     assert [entry["rsft_updates"] for entry in books] == [entry["rsft_updates"] for entry in plain_books]
     assert all(torch.equal(weights[name], expected[name]) for name in weights)

@@ -11,9 +11,10 @@ from tiny import make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm4ke_plugins.comparison import compare, write_report
-from mm4ke_plugins.editing import encode_fact
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.knowedit.metrics import Question, answer, encode
+from mm4ke_plugins.knowedit.metrics import answer
+from mm4ke_plugins.knowedit.prompts import Question, encode
+from mm4ke_plugins.rsft.facts import encode_fact
 
 TURNS = [("user", "Who rules Oz?"), ("assistant", "Tark")]
 END = "<|im_end|>\n"  # what the template smollm2 puts behind an answer
@@ -223,7 +224,7 @@ def test_without_rsft_facts_are_cut_as_ever(recipe, tmp_path):
 def test_the_own_tokens_in_every_template_of_llamafactory():
     from llamafactory.data.template import TEMPLATES, ReasoningTemplate
 
-    from mm4ke_plugins.hosts.llamafactory_facts import own_tokens
+    from mm4ke_plugins.hosts.llamafactory.facts import own_tokens
 
     tokenizer = tiny_tokenizer()  # one token a byte, so that no token spells a part of both
     assert len(TEMPLATES) > 100

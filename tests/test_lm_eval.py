@@ -24,12 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm4ke_plugins import activation
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.hosts.lm_eval import PACKAGE, TASK_FOLDERS
-from mm4ke_plugins.hosts.lm_eval_model import MM4KELM
+from mm4ke_plugins.hosts.lm_eval.adapter import PACKAGE, TASK_FOLDERS
+from mm4ke_plugins.hosts.lm_eval.model import MM4KELM
 from mm4ke_plugins.knowedit.dataset import read_facts
 from mm4ke_plugins.knowedit.metrics import (
     answer,
-    encode,
     exact_match,
     mean_scores,
     ngram_entropy,
@@ -37,6 +36,7 @@ from mm4ke_plugins.knowedit.metrics import (
     question_scores,
     questions_of,
 )
+from mm4ke_plugins.knowedit.prompts import encode
 from mm4ke_plugins.knowedit.records import read_records
 from mm4ke_plugins.knowedit.tasks.utils import AXES, documents
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_tied_heads import IDS, bases, edit_of, logits  # noqa: F401
 
-from mm4ke_plugins.hosts.lm_eval_model import MM4KELM
+from mm4ke_plugins.hosts.lm_eval.model import MM4KELM
 
 
 @pytest.mark.parametrize("base", ["once", "twice"])

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from mm4ke_plugins.lookahead import Lookahead
-from mm4ke_plugins.rsft import Visit, visit
+from mm4ke_plugins.rsft.algorithm import Visit, visit
+from mm4ke_plugins.rsft.lookahead import Lookahead
 
 TAU = 0.1
 SETTINGS = {"loss_threshold": TAU, "steps_per_sample": 3}

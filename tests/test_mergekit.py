@@ -18,11 +18,11 @@ import mergekit.merge  # isort: skip  # after torch, which brings the plugin
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mm4ke_plugins.delta import merge
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.hosts import MERGEKIT
-from mm4ke_plugins.hosts import mergekit as adapter
-from mm4ke_plugins.hosts.mergekit_recipe import check_recipe
+from mm4ke_plugins.hosts.mergekit import adapter
+from mm4ke_plugins.hosts.mergekit.recipe import check_recipe
+from mm4ke_plugins.merging.equations import merge
 
 LAYER = 2
 

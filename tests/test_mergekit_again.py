@@ -14,7 +14,7 @@ from test_mergekit import edit, expect, ffn, load, models, recipe, run_merge, sa
 from tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM
 
-from mm4ke_plugins.delta_commands import extract
+from mm4ke_plugins.delta.folders import extract
 from mm4ke_plugins.errors import MM4KEError
 
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import mergekit.merge_methods.api  # isort: skip  # after torch, which brings the plugin
 from mergekit.scripts import legacy, merge_raw_pytorch, multimerge, run_yaml
 
-from mm4ke_plugins.delta import merge
 from mm4ke_plugins.errors import MM4KEError
+from mm4ke_plugins.merging.equations import merge
 
 
 def run(script, *arguments: str | Path) -> Result:

@@ -19,7 +19,7 @@ from test_tied_heads import (  # noqa: F401
     tensors_of,
 )
 
-from mm4ke_plugins.delta_commands import apply, extract
+from mm4ke_plugins.delta.folders import apply, extract
 from mm4ke_plugins.errors import MM4KEError
 
 WHOLE = {"weight": 1, "density": 1}

@@ -14,18 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm4ke_plugins.knowedit.metrics import (
     METRICS,
-    PROMPT_FORMATS,
-    Encoded,
-    Question,
     answer,
-    chat_prompt,
-    encode,
     mean_scores,
     perplexity,
     predict,
     question_scores,
     questions_of,
 )
+from mm4ke_plugins.knowedit.prompts import PROMPT_FORMATS, Encoded, Question, chat_prompt, encode
 from mm4ke_plugins.knowedit.records import read_records
 
 TOWNS = ["Arnholt", "Brevik", "Casterly", "Dunmorrow", "Eskerdale", "Fenwick Bay", "Gorlitz", "Ötztal"]

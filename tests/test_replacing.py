@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from test_mergekit import ffn, load, models, recipe, refuses, run_merge, shard  # noqa: F401  (models is a fixture)
 
-from mm4ke_plugins.delta_commands import apply, extract, revert
+from mm4ke_plugins.delta.folders import apply, extract, revert
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.general import prepare
 from mm4ke_plugins.general.sources import Table
-from mm4ke_plugins.hosts.mergekit_stream import StreamingExecutor
-from mm4ke_plugins.replacing import RECORD, note_files, users_files
+from mm4ke_plugins.hosts.mergekit.stream import StreamingExecutor
+from mm4ke_plugins.storage.replacing import RECORD, note_files, users_files
 
 # ---- merges ----
 

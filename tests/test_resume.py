@@ -18,9 +18,9 @@ from test_llamafactory import recipe as ordinary_recipe  # noqa: F401  (fixture)
 from tiny import make_tiny_model
 from transformers import TrainerCallback
 
+from mm4ke_plugins.delta.format import load_delta
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.knowledge_delta import load_delta
-from mm4ke_plugins.provenance import Provenance
+from mm4ke_plugins.rsft.provenance import Provenance
 
 OTHERS = [("Who rules Ix?", "Muhn"), ("Where is Ix?", "Low"), ("What is Ix?", "A hat")]
 
@@ -176,7 +176,7 @@ def test_a_finished_training_is_not_repeated(finished, tmp_path, monkeypatch):
     model = Path(finished["output_dir"]) / "model.safetensors"
     written = model.stat().st_mtime_ns
     monkeypatch.setattr("transformers.Trainer.training_step", None)  # there is none
-    monkeypatch.setattr("mm4ke_plugins.fast_rsft.Visitor.visit", None)
+    monkeypatch.setattr("mm4ke_plugins.rsft.visitor.Visitor.visit", None)
     state = (model.parent / "trainer_state.json").read_text()
     again, books_again = train(finished | {"plot_loss": True})
     assert same(again, weights) and books_again == books

@@ -7,7 +7,7 @@ import torch
 from tiny import make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from mm4ke_plugins.rsft import EpochBooks, LossNotFinite, Visit, visit
+from mm4ke_plugins.rsft.algorithm import EpochBooks, LossNotFinite, Visit, visit
 
 FACTS = ["Who rules Oz? Tark", "Where is Oz? Up", "What is Oz? A box", "Who rules Oz? Tark"]
 

@@ -14,20 +14,30 @@ from safetensors.torch import load_file
 from tiny import make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mm4ke_plugins import sweep as sweep_module
-from mm4ke_plugins.checkpoint import tensor_files
 from mm4ke_plugins.cli import cli
-from mm4ke_plugins.delta import merge
-from mm4ke_plugins.delta_commands import apply, extract
-from mm4ke_plugins.editing import Settings, encode_fact, train_facts
+from mm4ke_plugins.delta.folders import apply, extract
+from mm4ke_plugins.delta.format import load_delta
+from mm4ke_plugins.delta.live import LiveDelta
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.knowedit.metrics import encode, mean_scores, perplexity, predict, question_scores, questions_of
+from mm4ke_plugins.knowedit.metrics import (
+    mean_scores,
+    neutral_text,
+    perplexity,
+    predict,
+    question_scores,
+    questions_of,
+)
+from mm4ke_plugins.knowedit.prompts import encode
 from mm4ke_plugins.knowedit.records import read_records
-from mm4ke_plugins.knowledge_delta import load_delta
-from mm4ke_plugins.layers import ffn_parameter_names
-from mm4ke_plugins.live_delta import LiveDelta
-from mm4ke_plugins.sweep import Point, Row, settings, sweep
-from mm4ke_plugins.sweep_output import apply_command, merge_recipe, warnings, write
+from mm4ke_plugins.merging.equations import merge
+from mm4ke_plugins.rsft.facts import encode_fact
+from mm4ke_plugins.rsft.layers import ffn_parameter_names
+from mm4ke_plugins.rsft.live import Settings, train_facts
+from mm4ke_plugins.storage.checkpoint import tensor_files
+from mm4ke_plugins.sweep import choose as sweep_module
+from mm4ke_plugins.sweep.choose import sweep
+from mm4ke_plugins.sweep.output import apply_command, merge_recipe, warnings, write
+from mm4ke_plugins.sweep.points import Point, Row, settings
 
 FACTS = [
     {
@@ -40,7 +50,7 @@ FACTS = [
     for name, answer in (("Oz", "Tark"), ("Ur", "Up"), ("Ix", "Ann"), ("Aa", "Bo"), ("Ys", "Kit"))
 ]
 GRID = {"weights": [1.0, 0.8, 0.5], "densities": [1.0, 0.5]}
-TEXT = (Path(sweep_module.__file__).parent / "neutral_text.txt").read_text(encoding="utf-8")
+TEXT = neutral_text()
 
 
 @pytest.fixture(scope="module")

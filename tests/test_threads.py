@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from mm4ke_plugins.delta_encoding import in_threads, one_thread_in_torch
+from mm4ke_plugins.storage.threads import in_threads, one_thread_in_torch
 
 
 @pytest.fixture

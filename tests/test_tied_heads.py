@@ -12,11 +12,11 @@ from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from mm4ke_plugins.comparison import disk_change
-from mm4ke_plugins.delta_commands import apply, extract, revert
-from mm4ke_plugins.editing import changed_tensors
+from mm4ke_plugins.delta.folders import apply, extract, revert
+from mm4ke_plugins.delta.format import load_delta
+from mm4ke_plugins.delta.live import LiveDelta, apply_delta
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.knowledge_delta import load_delta
-from mm4ke_plugins.live_delta import LiveDelta, apply_delta
+from mm4ke_plugins.rsft.live import changed_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import MM4KEError
-from ..files import alone_in, refused_in_one_line, written_aside
-from ..replacing import refuse_to_replace, users_files
+from ..storage.atomic import alone_in, refused_in_one_line, written_aside
+from ..storage.replacing import refuse_to_replace, users_files
 from .sources import BENCHMARKS, SUFFIXES, Table, UnknownFile, read_source
 
 OWN_TASKS = Path(__file__).parent / "tasks"

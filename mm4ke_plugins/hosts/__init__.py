@@ -40,7 +40,7 @@ class Host:
 
     @property
     def adapter(self) -> str:
-        return f"{__name__}.{self.name}"
+        return f"{__name__}.{self.name}.adapter"
 
     def installed_version(self) -> str | None:
         """The version, "a clone" of a host that is found but not installed, None where there is none."""

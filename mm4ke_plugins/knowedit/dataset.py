@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from ..errors import MM4KEError
-from ..files import alone_in, refused_in_one_line, replace_text
+from ..storage.atomic import alone_in, refused_in_one_line, replace_text
 from .normalize import normalize
 from .records import Axes, Record, read_records
 

@@ -25,45 +25,17 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from importlib.resources import files
 from itertools import groupby
 from statistics import fmean
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .prompts import Encoded, Question, chat_prompt, prompt_formats
 from .records import Record
 
 METRICS = ("edit_success", "generalization", "portability", "locality")
-
-# "raw": the bare prompt, a space and the answer, as EasyEdit. "chat": the answer is the assistant's turn.
-PROMPT_FORMATS = ("raw", "chat")
-
-
-@dataclass(frozen=True)
-class Question:
-    """One prompt of one record (its index in the list) with the answer that counts as right.
-
-    axis: the name that the record gives a group of probes, such as "Reasoning"; "" for the fact itself
-    """
-
-    record: int
-    metric: str
-    axis: str
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A question as token ids; the answer's tokens are ids[answer_start:]."""
-
-    ids: list[int]
-    answer_start: int
-
-    @property
-    def answer_ids(self) -> list[int]:
-        return self.ids[self.answer_start :]
 
 
 def questions_of(records: Iterable[Record]) -> list[Question]:
@@ -77,38 +49,6 @@ def questions_of(records: Iterable[Record]) -> list[Question]:
             for axis, probes in axes.items():
                 questions += [Question(index, metric, axis, probe.prompt, probe.answers[0]) for probe in probes]
     return questions
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, question: Question, prompt_format: str) -> Encoded:
-    """Tokenize a question in one of PROMPT_FORMATS.
-
-    raw:  prompt, space and answer are tokenized together, with the special tokens that the tokenizer adds. The
-          answer starts where the prompt alone would end. EasyEdit's own count of padding tokens gives the same
-          start, unless the answer spells the padding token.
-    chat: the answer's tokens follow the chat template's prompt for the assistant; the end of turn is not scored.
-          Both parts are tokenized apart, as they are in training.
-    """
-    if prompt_format == "raw":
-        ids = tokenizer(f"{question.prompt} {question.answer}").input_ids
-        return Encoded(ids, min(len(ids), len(tokenizer(question.prompt).input_ids)))
-    prompt_ids = chat_prompt(tokenizer, question.prompt)
-    return Encoded(prompt_ids + tokenizer(question.answer, add_special_tokens=False).input_ids, len(prompt_ids))
-
-
-def prompt_formats(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The formats that a model can be asked in: without a chat template raw prompts only."""
-    return PROMPT_FORMATS if tokenizer.chat_template else ("raw",)
-
-
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The token ids of a conversation in which the user has said `prompt` and the assistant is to speak."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,  # for the templates that know it: the answer comes at once
-    )
-    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 @torch.inference_mode()
@@ -268,6 +208,11 @@ def ngram_entropy(text: str) -> float:
         total = sum(counts)
         entropies.append(weight * -sum(count / total * math.log2(count / total) for count in counts))
     return fmean(entropies)
+
+
+def neutral_text() -> str:
+    """A text that no fact is about."""
+    return (files(__package__) / "neutral_text.txt").read_text(encoding="utf-8")
 
 
 @torch.inference_mode()

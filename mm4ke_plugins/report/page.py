@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from .. import __version__
-from ..files import alone_in, refused_in_one_line, replace_text
+from ..storage.atomic import alone_in, refused_in_one_line, replace_text
 from . import figures
 from .runs import Column, read_columns
 from .statistics import Difference

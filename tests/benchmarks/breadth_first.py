@@ -15,11 +15,12 @@ from pathlib import Path
 import click
 from training import ROOT, Recipe, Run, machine
 
-from mm4ke_plugins.fast_forward import FastForward
-from mm4ke_plugins.fast_rsft import LOOKAHEAD
 from mm4ke_plugins.knowedit.dataset import consistent_records, write_dataset
-from mm4ke_plugins.knowedit.metrics import METRICS, encode, mean_scores, predict, question_scores, questions_of
+from mm4ke_plugins.knowedit.metrics import METRICS, mean_scores, predict, question_scores, questions_of
+from mm4ke_plugins.knowedit.prompts import encode
 from mm4ke_plugins.knowedit.records import read_records
+from mm4ke_plugins.rsft.forward import FastForward
+from mm4ke_plugins.rsft.visitor import LOOKAHEAD
 
 WAYS = {
     "depth-first, plain": ("recipes/rsft.yaml", None, 1),

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
+from mm4ke_plugins.delta.format import MANIFEST_KEY, SHA256_KEY, _file_sha256, load_delta, save_delta
+from mm4ke_plugins.delta.live import apply_delta
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.knowledge_delta import MANIFEST_KEY, SHA256_KEY, _file_sha256, load_delta, save_delta
-from mm4ke_plugins.live_delta import apply_delta
 
 FILES_PER_PROCESS = 5000
 SECONDS_PER_PROCESS = 300

@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mm4ke_plugins.delta_commands import apply, extract, revert
-from mm4ke_plugins.delta_encoding import tensor_sha256, to_gaps
-from mm4ke_plugins.knowledge_delta import load_delta, save_delta
-from mm4ke_plugins.live_delta import LiveDelta, apply_delta
+from mm4ke_plugins.delta.encoding import to_gaps
+from mm4ke_plugins.delta.folders import apply, extract, revert
+from mm4ke_plugins.delta.format import load_delta, save_delta
+from mm4ke_plugins.delta.live import LiveDelta, apply_delta
+from mm4ke_plugins.storage.tensors import tensor_sha256
 
 HIDDEN, INTERMEDIATE, CHECKPOINT = 3584, 18944, 15.2e9
 RUNS = 3

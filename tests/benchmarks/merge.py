@@ -35,7 +35,14 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import LlamaConfig
 
-from mm4ke_plugins.checkpoint import INDEX, NewTensor, StoredTensor, open_safetensors, stored_tensors, write_tensors
+from mm4ke_plugins.storage.checkpoint import (
+    INDEX,
+    NewTensor,
+    StoredTensor,
+    open_safetensors,
+    stored_tensors,
+    write_tensors,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import tiny_tokenizer

@@ -16,10 +16,10 @@ from pathlib import Path
 import click
 from training import ROOT, Recipe, Run, machine
 
-from mm4ke_plugins.fast_forward import FastForward
-from mm4ke_plugins.fast_rsft import LOOKAHEAD
 from mm4ke_plugins.knowedit.dataset import consistent_records, write_dataset
 from mm4ke_plugins.knowedit.records import read_records
+from mm4ke_plugins.rsft.forward import FastForward
+from mm4ke_plugins.rsft.visitor import LOOKAHEAD
 
 
 class OnlyAnswerRows(FastForward):

@@ -20,8 +20,8 @@ from pathlib import Path
 import click
 from training import ROOT, Recipe, Run, machine
 
-from mm4ke_plugins.fast_forward import FastForward
-from mm4ke_plugins.fast_rsft import LOOKAHEAD, PREFIX_CACHE_MB
+from mm4ke_plugins.rsft.forward import FastForward
+from mm4ke_plugins.rsft.visitor import LOOKAHEAD, PREFIX_CACHE_MB
 
 LAYERS = 6
 EPOCHS = 1

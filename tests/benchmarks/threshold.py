@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llamafactory.hparams.parser  # noqa: F401  isort: skip  (LLaMA-Factory's parts import each other in this order)
 from llamafactory.data import get_template_and_fix_tokenizer
 
-from mm4ke_plugins import editing, fast_forward
-from mm4ke_plugins.hosts.llamafactory_facts import own_tokens
+from mm4ke_plugins.hosts.llamafactory.facts import own_tokens
 from mm4ke_plugins.knowedit.dataset import read_facts
-from mm4ke_plugins.layers import ffn_parameter_names
-from mm4ke_plugins.rsft import EpochBooks
+from mm4ke_plugins.rsft.algorithm import EpochBooks
+from mm4ke_plugins.rsft.algorithm import forward as fast_forward
+from mm4ke_plugins.rsft.algorithm import live as editing
+from mm4ke_plugins.rsft.layers import ffn_parameter_names
 
 
 def encode(folder: Path, template_name: str, records) -> tuple[list[editing.Fact], list[slice]]:

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mm4ke_plugins.delta import top_p_mask
+from mm4ke_plugins.merging.top_p import top_p_mask
 
 
 def delta(entries: int, dtype: torch.dtype, device: str) -> torch.Tensor:

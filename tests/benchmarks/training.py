@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from mm4ke_plugins.fast_forward import FastForward, answer_losses, samples_of
-from mm4ke_plugins.fast_rsft import PREFIX_CACHE_MB, Visitor
-from mm4ke_plugins.layers import ffn_parameter_names
-from mm4ke_plugins.lookahead import Lookahead
-from mm4ke_plugins.rsft import Visit
+from mm4ke_plugins.rsft.algorithm import Visit
+from mm4ke_plugins.rsft.forward import FastForward
+from mm4ke_plugins.rsft.layers import ffn_parameter_names
+from mm4ke_plugins.rsft.lookahead import Lookahead
+from mm4ke_plugins.rsft.losses import answer_losses, samples_of
+from mm4ke_plugins.rsft.visitor import PREFIX_CACHE_MB, Visitor
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ class Recipe:
         from llamafactory.hparams import get_train_args
         from llamafactory.train.sft import workflow
 
-        from mm4ke_plugins.hosts.llamafactory_facts import OWN, OwnCollator
+        from mm4ke_plugins.hosts.llamafactory.facts import OWN, OwnCollator
 
         recipe = yaml.safe_load(path.read_text()) | {"plot_loss": False} | overrides
         with redirect_stdout(None):

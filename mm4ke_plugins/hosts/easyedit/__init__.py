@@ -1,0 +1,1 @@
+"""EasyEdit: the method `MM4KE`, and its benchmark beside the others."""

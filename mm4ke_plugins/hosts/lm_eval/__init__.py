@@ -1,0 +1,1 @@
+"""lm-eval: the model type `mm4ke` and the KnowEdit tasks."""

@@ -1,0 +1,1 @@
+"""mergekit: the method `mm4ke`."""

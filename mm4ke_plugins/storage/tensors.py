@@ -1,0 +1,68 @@
+"""What one asks of tensors as they are stored: equal, finite, their bits, hash, dtype and shape."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import MM4KEError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+# Entries that a CPU works on at once: few enough to stay in its cache from one operation to the next.
+CHUNK = 1 << 17
+
+
+def pieces(flat: torch.Tensor) -> Sequence[torch.Tensor]:
+    """A tensor of one dimension in pieces: many for a CPU's cache, one for a GPU."""
+    return flat.split(CHUNK) if flat.device.type == "cpu" else (flat,)
+
+
+def equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers, whatever their dtypes."""
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    pairs = zip(pieces(first.reshape(-1)), pieces(second.reshape(-1)), strict=True)
+    return all(torch.equal(part.to(dtype), other.to(dtype)) for part, other in pairs)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no entry is NaN or infinite. `tensor`: floating point of 16 bits or more."""
+    # A NaN or an infinite number always shows in the sum, which is the fastest to take; so may finite but large ones.
+    # The extremes show a NaN as well, and need neither a copy nor a mask as isfinite().all() does.
+    return math.isfinite(tensor.sum()) or all(extreme.isfinite() for extreme in tensor.aminmax())
+
+
+def require_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raise MM4KEError for a NaN or infinite entry. `name`: what the error calls the tensor."""
+    if not is_finite(tensor):
+        found = "NaN" if tensor.isnan().any() else "an infinite number"
+        raise MM4KEError(f"{name}: holds {found}; numbers like this can't be merged, train or copy it again")
+
+
+def bits_of(tensor: torch.Tensor, dtype: torch.dtype, copy: bool = False) -> torch.Tensor:
+    """The bits of a tensor's numbers as flat integers, after a cast to `dtype`; a view where `copy` allows it."""
+    return tensor.detach().to(dtype, copy=copy).contiguous().reshape(-1).view(BITS[dtype])
+
+
+def identical(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; where they have one dtype, the same bits."""
+    if first.dtype == second.dtype in BITS:
+        return torch.equal(bits_of(first, first.dtype), bits_of(second, second.dtype))
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return torch.equal(first.to(dtype), second.to(dtype))
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """The hash of a tensor's dtype, shape and bytes in row-major order, on whatever device it is."""
+    digest = hashlib.sha256(f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "a single number"

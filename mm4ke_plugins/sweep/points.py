@@ -1,0 +1,78 @@
+"""Points of the grid, and what is known of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
+
+HALVES = ("choice", "confirmation")  # the records with an even and an odd index
+
+
+@dataclass(frozen=True)
+class Point:
+    """How much of an edit is on the model. layers: (layer, weight, density) of those that differ from the others."""
+
+    weight: float
+    density: float
+    layers: tuple[tuple[int, float, float], ...] = ()
+
+    def of_layer(self, layer: int) -> tuple[float, float]:
+        return next(((w, d) for number, w, d in self.layers if number == layer), (self.weight, self.density))
+
+    def with_layer(self, layer: int, weight: float, density: float) -> "Point":
+        others = [entry for entry in self.layers if entry[0] != layer]
+        if (weight, density) != (self.weight, self.density):
+            others.append((layer, weight, density))
+        return Point(self.weight, self.density, tuple(sorted(others)))
+
+
+RSFT, DEFAULT = Point(1.0, 1.0), Point(DEFAULT_WEIGHT, DEFAULT_DENSITY)
+
+
+@dataclass
+class Row:
+    """What was measured of a point.
+
+    in_grid:    whether it may be picked at all; R-SFT and 0.8/0.8 are measured wherever the grid is
+    state:      "scored", "hopeless" (only edit success was asked) or "skipped"
+    scores:     by half, then by metric, 0 to 1; None where no record has such probes
+    locality_by_record: of the records with such probes, on the half that decides
+    kl:         nats per token; perplexity: of the same text. None where not measured, or not finite
+    on_front:   whether no other point that can be picked is better in locality or KL and not worse in the other
+    """
+
+    point: Point
+    in_grid: bool = True
+    state: str = "scored"
+    scores: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    locality_by_record: list[float] = field(default_factory=list)
+    kl: float | None = None
+    perplexity: float | None = None
+    on_front: bool = False
+
+    @property
+    def edit_success(self) -> float:
+        """Of the half that decides; 0 in a row that was skipped."""
+        return self.scores.get(HALVES[0], {}).get("edit_success") or 0.0
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """(locality, -KL) on the half that decides: the larger, the better."""
+        return self.scores[HALVES[0]]["locality"] or 0.0, -self.kl
+
+
+def settings(
+    point: Point, names: Mapping[str, Any], names_of: Mapping[int, Sequence[str]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Weight and density of each tensor at a point. names_of: the tensors of each layer by its number."""
+    weights, densities = dict.fromkeys(names, point.weight), dict.fromkeys(names, point.density)
+    for layer, weight, density in point.layers:
+        weights |= dict.fromkeys(names_of[layer], weight)
+        densities |= dict.fromkeys(names_of[layer], density)
+    return weights, densities
+
+
+def title(point: Point) -> str:
+    layers = "".join(f", layer {layer}: {weight:g}/{density:g}" for layer, weight, density in point.layers)
+    return f"weight {point.weight:g}, density {point.density:g}{layers}"
