@@ -13,7 +13,7 @@ from tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from mm4ke_plugins.delta.folders import apply, extract
-from mm4ke_plugins.hosts.mergekit.adapter import plan as mergekit_plan
+from mm4ke_plugins.hosts.mergekit import plan as mergekit_plan
 
 MOE = {"moe_intermediate_size": 16, "num_experts": 4}
 # Of some architectures mergekit 0.1.5 lists more than there is: buffers, other norms, an output head beside tied

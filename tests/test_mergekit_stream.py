@@ -13,7 +13,7 @@ from test_mergekit import LAYER, edit, expect, ffn, load, models, recipe, refuse
 from tiny import make_tiny_model
 
 from mm4ke_plugins.errors import MM4KEError
-from mm4ke_plugins.hosts.mergekit.adapter import stream as mergekit_stream
+from mm4ke_plugins.hosts.mergekit import stream as mergekit_stream
 
 
 @pytest.fixture

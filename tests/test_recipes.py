@@ -42,7 +42,7 @@ def test_llamafactory_parses_it(path, monkeypatch):
     from llamafactory.hparams import parser
     from transformers import HfArgumentParser
 
-    from mm4ke_plugins.hosts.llamafactory.adapter import recipe as llamafactory_recipe
+    from mm4ke_plugins.hosts.llamafactory import recipe as llamafactory_recipe
 
     monkeypatch.setattr(llamafactory_recipe, "_check_model_folder", lambda *_: None)
     monkeypatch.setattr(llamafactory_recipe, "_check_datasets", lambda *_: None)

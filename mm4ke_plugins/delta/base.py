@@ -98,7 +98,7 @@ def merged_tensor(
     titles: Sequence[str],
     finished: Sequence[bool],
 ) -> torch.Tensor:
-    """What a tensor of the base becomes: `delta.merge`, in the base's dtype.
+    """What a tensor of the base becomes: `merging.equations.merge`, in the base's dtype.
 
     edited:   `KnowledgeDelta.edited` of each delta that has the tensor
     choices:  weight and density of each

@@ -88,7 +88,7 @@ def extract(
     density: float | None = None,
     recipe: Path | None = None,
 ) -> Manifest:
-    """Write the knowledge delta of two model folders: see `knowledge_delta.save_delta`.
+    """Write the knowledge delta of two model folders: see `format.save_delta`.
 
     recipe: a YAML file whose settings are noted in the delta
 
@@ -191,7 +191,7 @@ def apply(
 ) -> None:
     """Write a copy of a model folder with the deltas in it, bit for bit as mergekit's `merge_method: mm4ke` would.
 
-    weights, densities: none (see `knowledge_delta.choose`), one for all deltas, or one for each. The float32 sum of
+    weights, densities: none (see `merging.choice.choose`), one for all deltas, or one for each. The float32 sum of
                         all is rounded once. A single finished delta of weight 1 and density 1 is not even rounded
     link:               files of weights in which nothing changes become hard links to the base's, not copies
 

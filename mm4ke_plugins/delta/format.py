@@ -83,7 +83,7 @@ def save_delta(
     base, edited:    tensors by name, of equal shapes, on any device, each float32, bfloat16 or float16. Those that are
                      only in `base` or equal in both are left out. A tensor is asked for once, and one of each is in
                      memory at a time beside the file's content
-    weight, density: make a finished delta, of `delta.merge` (the other of the two is then 0.8 by default); 1 and 1
+    weight, density: make a finished delta, of `merging.equations.merge` (the other of the two is then 0.8 by default); 1 and 1
                      keep the edited numbers as they are, cast to the base's dtype. Neither: an unfinished delta
     architecture, recipe, facts, untied_head: see `Manifest`
     titles:          what an error calls the two models, such as their folders

@@ -40,7 +40,7 @@ def apply_delta(
     """While this is open, the model has the edit; then it is as it was before, bit for bit, also after an exception.
 
     The numbers are those that `mm4ke delta apply` and mergekit write for this weight and density, see `LiveDelta.set`.
-    Within another delta's block both are on: their differences add up, as in one `delta.merge` of both. A delta that
+    Within another delta's block both are on: their differences add up, as in one `merging.equations.merge` of both. A delta that
     was put on within this block and is still on at its end is taken off with it.
 
     Raises MM4KEError, before the model is touched: what `load_delta` raises, and what `LiveDelta` does.
@@ -107,7 +107,7 @@ class LiveDelta:
     ) -> None:
         """Put the delta on the model, or change how much of it is on.
 
-        weight, density: as in `delta.merge`; for all tensors, or by tensor name (a name that is left out has the
+        weight, density: as in `merging.equations.merge`; for all tensors, or by tensor name (a name that is left out has the
                          default: 1 and 1 for a finished delta, else 0.8 and 0.8)
 
         Of several deltas on a model only the last may be changed. Raises MM4KEError for numbers out of range, tensor

@@ -38,10 +38,10 @@ class Settings:
     layers:           whose FFN is trained, counted from 0
     modules:          ("ffn",), or parts of the FFN such as "down_proj"
     steps_per_sample: K, the most updates in one visit of one fact
-    loss_threshold:   tau, in nats per token: of the answer alone, and with its end (`fast_forward.losses_of_rows`)
+    loss_threshold:   tau, in nats per token: of the answer alone, and with its end (`losses.losses_of_rows`)
     num_epochs:       the most visits of one fact
     learning_rate:    of the first visit; it falls to 0 over all visits as a cosine
-    weight, density:  of the knowledge delta, as in `delta.merge`
+    weight, density:  of the knowledge delta, as in `merging.equations.merge`
     """
 
     layers: tuple[int, ...] = (5,)

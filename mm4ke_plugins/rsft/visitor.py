@@ -52,7 +52,7 @@ class Visitor:
                       trained, with a graph, and those that are judged
         backward, step, zero_grad: the parts of an update, which takes the mean loss of some samples
 
-        Raises what `rsft.visit` raises.
+        Raises what `algorithm.visit` raises.
         """
         samples = batches[0]
         if self.fast and not self.checked:

@@ -1,6 +1,6 @@
 """The choice of weight and density without training or merging again (`mm4ke sweep`).
 
-The base model is loaded once, the edit is put on it with one weight and density after the other (`live_delta.py`), and
+The base model is loaded once, the edit is put on it with one weight and density after the other (`delta/live.py`), and
 each time the model is asked the facts and reads a neutral text. Records with an even index decide, those with an odd
 one confirm: a grid's best point is always a bit lucky on the records that it was picked by.
 

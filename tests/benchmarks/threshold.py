@@ -20,9 +20,9 @@ from llamafactory.data import get_template_and_fix_tokenizer
 
 from mm4ke_plugins.hosts.llamafactory.facts import own_tokens
 from mm4ke_plugins.knowedit.dataset import read_facts
+from mm4ke_plugins.rsft import forward as fast_forward
+from mm4ke_plugins.rsft import live as editing
 from mm4ke_plugins.rsft.algorithm import EpochBooks
-from mm4ke_plugins.rsft.algorithm import forward as fast_forward
-from mm4ke_plugins.rsft.algorithm import live as editing
 from mm4ke_plugins.rsft.layers import ffn_parameter_names
 
 

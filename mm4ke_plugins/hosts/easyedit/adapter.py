@@ -40,7 +40,7 @@ deltas: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Path, dict[str, torch.T
 
 @dataclass
 class MM4KEHyperParams(HyperParams):
-    """EasyEdit's own keys, then either `merged_model` alone or what `editing.Settings` says.
+    """EasyEdit's own keys, then either `merged_model` alone or what `rsft.live.Settings` says.
 
     merged_model:  folder of a checkpoint into which the requests were edited before, or a knowledge delta; it is
                    copied into the model, and the other keys don't count, but weight and density of an unfinished delta
@@ -146,7 +146,7 @@ def apply_mm4ke_to_model(
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """Edit the requests' (prompt, target_new) into the model, in place, or into a copy of it.
 
-    Edits that were kept by sequential editing count as one knowledge delta: see `editing.Editor`.
+    Edits that were kept by sequential editing count as one knowledge delta: see `rsft.live.Editor`.
 
     Returns the model, and the changed parameters by name as they were before this call, which EasyEdit copies back.
     Raises MM4KEError; the model is then as it was.
