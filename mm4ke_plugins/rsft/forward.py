@@ -1,6 +1,6 @@
 """The losses of R-SFT's samples without work that changes nothing: the same numbers, from a part of the model.
 
-frozen prefix     what lies below the trained FFN comes from memory (frozen_prefix.py)
+frozen prefix     what lies below the trained FFN comes from memory (prefix.py)
 answer rows       the output head, a fifth of a small model, runs for the tokens that predict an answer's token only
 frozen FFNs       on a CPU, those above the trained one are computed in a form that suits few tokens (frozen_ffn.py)
 

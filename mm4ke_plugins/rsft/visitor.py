@@ -1,4 +1,4 @@
-"""R-SFT without wasted work: Algorithm 1 (rsft.py) on fast losses (fast_forward.py), with lookahead (lookahead.py).
+"""R-SFT without wasted work: Algorithm 1 (algorithm.py) on fast losses (forward.py), with lookahead (lookahead.py).
 
 The sequence of updates is that of the plain loop. Where the fast way is not to be had, the plain one is taken from
 there on, with one warning: in a model whose losses come out otherwise, or when memory runs out.

@@ -20,13 +20,13 @@ from llamafactory.data import get_template_and_fix_tokenizer
 
 from mm4ke_plugins.hosts.llamafactory.facts import own_tokens
 from mm4ke_plugins.knowedit.dataset import read_facts
-from mm4ke_plugins.rsft import forward as fast_forward
-from mm4ke_plugins.rsft import live as editing
+from mm4ke_plugins.rsft import live
 from mm4ke_plugins.rsft.algorithm import EpochBooks
 from mm4ke_plugins.rsft.layers import ffn_parameter_names
+from mm4ke_plugins.rsft.losses import IGNORED, samples_of
 
 
-def encode(folder: Path, template_name: str, records) -> tuple[list[editing.Fact], list[slice]]:
+def encode(folder: Path, template_name: str, records) -> tuple[list[live.Fact], list[slice]]:
     """The facts, and where the own tokens of each one's answer are."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     arguments = {"template": template_name, "train_on_prompt": False, "tool_format": None, "default_system": None}
@@ -42,7 +42,7 @@ def encode(folder: Path, template_name: str, records) -> tuple[list[editing.Fact
         ((source, target),) = template.encode_multiturn(tokenizer, messages)
         start, stop = (len(source) + place for place in own_tokens(template, tokenizer, messages[1], target))
         ids = source + target + [tokenizer.eos_token_id] * template.efficient_eos
-        facts.append(editing.Fact(ids, len(source), len(ids)))
+        facts.append(live.Fact(ids, len(source), len(ids)))
         own.append(slice(start, stop))
     return facts, own
 
@@ -53,23 +53,23 @@ def train(folder: Path, facts, own, answers_count: bool) -> tuple[int, list[floa
     place_of = {tuple(fact.ids): place for fact, place in zip(facts, own, strict=True)}
 
     def sample(fact, device):
-        labels = torch.full((1, len(fact.ids)), fast_forward.IGNORED)
+        labels = torch.full((1, len(fact.ids)), IGNORED)
         labels[:, fact.answer_start :] = torch.tensor(fact.ids[fact.answer_start :])
         is_own = torch.zeros_like(labels, dtype=torch.bool)
         is_own[:, place_of[tuple(fact.ids)] if answers_count else slice(fact.answer_start, None)] = True
         ids = torch.tensor([fact.ids])
         batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-        (made,) = fast_forward.samples_of(batch, device, is_own)
+        (made,) = samples_of(batch, device, is_own)
         return made
 
     updates, enter = [], EpochBooks.enter
     EpochBooks.enter = lambda self, visit: (updates.append(visit.updates), enter(self, visit))[1]
-    make, editing._sample = editing._sample, sample
+    make, live.sample_of = live.sample_of, sample
     try:
         names = ffn_parameter_names(model, [5], ["ffn"])
-        editing.train_facts(model, names, facts, editing.Settings(learning_rate=1e-3))
+        live.train_facts(model, names, facts, live.Settings(learning_rate=1e-3))
     finally:
-        editing._sample, EpochBooks.enter = make, enter
+        live.sample_of, EpochBooks.enter = make, enter
     losses = []
     with torch.inference_mode():
         for fact, place in zip(facts, own, strict=True):
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=6)
     arguments = parser.parse_args()
     records = read_facts(arguments.facts, arguments.limit)
-    tau = editing.Settings.loss_threshold
+    tau = live.Settings.loss_threshold
     table = Table("template", "tau judges", "updates", "answer's loss, mean", "largest", f"answers at {tau} or more")
     for template in ("smollm2", "qwen3"):
         facts, own = encode(arguments.model, template, records)

@@ -144,15 +144,15 @@ def substitute_trainer(workflow) -> None:
     """
     from llamafactory.data import loader  # not earlier: LLaMA-Factory imports us while it imports itself
 
-    from . import facts as llamafactory_facts
+    from . import facts
 
-    llamafactory_facts.keep_facts_whole(loader, workflow)
+    facts.keep_facts_whole(loader, workflow)
     original = workflow.CustomSeq2SeqTrainer
 
     class RsftTrainer(original):
         def __init__(self, *, model, data_collator, **kwargs):
             refuse_damaged(model)  # before there is an output_dir
-            super().__init__(model=model, data_collator=llamafactory_facts.OwnCollator(data_collator), **kwargs)
+            super().__init__(model=model, data_collator=facts.OwnCollator(data_collator), **kwargs)
             self._refuse_mixed_dtypes()
             self.visited: Visit | None = None
             self.visit_grad_norm: torch.Tensor | float | None = None
@@ -294,12 +294,12 @@ def substitute_trainer(workflow) -> None:
             while sum(len(samples) for _, samples, _ in self.fetched) < max(1, self.visitor.lookahead.limit):
                 if (batch := next(epoch_iterator, None)) is None:
                     break
-                own = batch.pop(llamafactory_facts.OWN)
+                own = batch.pop(facts.OWN)
                 self.fetched.append((batch, self._samples_of(batch, own), own))
             return super().get_batch_samples((batch for batch, *_ in list(self.fetched)[:1]), num_batches, device)
 
         def _prepare_inputs(self, inputs):
-            inputs.pop(llamafactory_facts.OWN, None)  # an evaluation's batch has it still
+            inputs.pop(facts.OWN, None)  # an evaluation's batch has it still
             return super()._prepare_inputs(inputs)
 
         def _samples_of(self, batch, own) -> list:
