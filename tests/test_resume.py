@@ -163,7 +163,7 @@ def test_what_changes_nothing_may_change(interrupted, trained, tmp_path):
     weights, books = train(
         interrupted
         | {"dataset_dir": str(facts), "dataset": "renamed", "logging_steps": 3, "save_strategy": "epoch"}
-        | {"save_total_limit": 2, "rsft_lookahead": 1, "rsft_prefix_cache_mb": 1, "rsft_save_delta": True}
+        | {"save_total_limit": 2, "rsft_prefix_cache_mb": 1, "rsft_save_delta": True}
         | {"preprocessing_num_workers": 1, "plot_loss": True, "run_name": "another", "hf_hub_token": "hf_secret"}
     )
     expected, expected_books = saved(interrupted | {"output_dir": str(trained / "rsft")})

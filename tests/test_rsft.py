@@ -41,9 +41,7 @@ def visit_every_sample(model, samples, optimizer, E, K, tau):
             optimizer.zero_grad()
             made.append((epoch, i, len(made)))
 
-        visited = visit(
-            lambda _: (model(**sample).loss[None],) * 2, update, [None], loss_threshold=tau, steps_per_sample=K
-        )
+        visited = visit(lambda _: (model(**sample).loss[None],) * 2, update, 1, loss_threshold=tau, steps_per_sample=K)
         assert visited.updates == len(made)
         assert visited.converged == [visited.final_losses[0] < tau]
         return made
@@ -92,9 +90,8 @@ def visit_with(losses, judged=None, **settings):
     def update(loss, indices):
         updated.append((indices, loss.item()))
 
-    arrival = settings.pop("arrival", [None] * len(losses[0]))
     return (
-        visit(losses_of, update, arrival, **({"loss_threshold": 0.5, "steps_per_sample": 6} | settings)),
+        visit(losses_of, update, len(losses[0]), **({"loss_threshold": 0.5, "steps_per_sample": 6} | settings)),
         asked,
         updated,
     )
@@ -141,17 +138,6 @@ def test_one_step_a_visit_is_breadth_first():
     assert visited.final_losses == [2.0, 0.25, 4.0]
 
 
-def test_samples_known_to_be_converged_are_not_computed():
-    visited, asked, updated = visit_with([[9, 2.0], [9, 0.25]], arrival=[0.125, None])
-    assert asked == [[1], [1]]
-    assert updated == [([1], 2.0)]
-    assert visited.first_losses == [0.125, 2.0]
-    assert visited.final_losses == [0.125, 0.25]
-    visited, asked, updated = visit_with([[9]], arrival=[0.125])
-    assert asked == updated == []
-    assert visited == Visit(0, [0.125], [0.125], already_converged=[True], converged=[True])
-
-
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_before_the_update(loss):
     updates = []
@@ -160,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(loss):
         visit(
             lambda _: (torch.ones(2), next(rows)),
             lambda loss, indices: updates.append(loss),
-            [None, None],
+            2,
             loss_threshold=0.5,
             steps_per_sample=6,
         )

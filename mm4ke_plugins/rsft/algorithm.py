@@ -19,7 +19,7 @@ that are not under tau yet, each judged by its own loss.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -38,7 +38,7 @@ class Visit:
     """What one visit did. The lists have one entry for each sample.
 
     updates:      how often the parameters were updated, 0 ... K
-    first_losses: the judged losses on arrival, before any update of this visit (nats per token)
+    first_losses: the judged losses before the first update of this visit (nats per token)
     final_losses: the last judged losses that were computed (nats per token)
     already_converged, converged: the first, the final loss is under the threshold
     """
@@ -53,36 +53,31 @@ class Visit:
 def visit(
     losses_of: Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]],
     update: Callable[[torch.Tensor, list[int]], None],
-    arrival: Sequence[float | None],
+    count: int,
     *,
     loss_threshold: float,
     steps_per_sample: int,
 ) -> Visit:
-    """Train samples for at most `steps_per_sample` updates, and leave each as soon as its loss is under the threshold.
+    """Train `count` samples for at most `steps_per_sample` updates; leave each as soon as its loss is under the threshold.
 
     losses_of: computes the losses of the samples with these indices under the current parameters: those that are
                trained, a tensor of one dimension with a graph, and those that are judged, as many
     update:    takes the mean trained loss of the samples that are not under the threshold, a scalar, and their
                indices, and updates the parameters: backward, clip, optimizer step, zero_grad
-    arrival:   one entry for each sample: its judged loss where that is known to be under the threshold, otherwise None
     loss_threshold: tau > 0, in nats per token
     steps_per_sample: K >= 1
 
     Raises LossNotFinite when a judged loss is NaN or infinite; the parameters are then those that gave this loss.
     """
-    losses = list(arrival)
-    first_losses = losses
-    active = [index for index, loss in enumerate(arrival) if loss is None]
-    updates = 0
+    first_losses, losses = [], [math.nan] * count
+    active, updates = list(range(count)), 0
     while active and updates < steps_per_sample:
         trained, judged = losses_of(active)
-        losses = list(losses)
         for index, loss in zip(active, judged.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise LossNotFinite(loss, updates, index)
             losses[index] = loss
-        if updates == 0:
-            first_losses = losses
+        first_losses = first_losses or list(losses)
         above = [row for row, index in enumerate(active) if losses[index] >= loss_threshold]
         active = [active[row] for row in above]
         if active:

@@ -25,8 +25,7 @@ from .algorithm import EpochBooks, LossNotFinite
 from .facts import Fact, fact_losses, sample_of
 from .forward import FastForward, active_dropout
 from .layers import ffn_parameter_names
-from .lookahead import Lookahead
-from .visitor import LOOKAHEAD, PREFIX_CACHE_MB, Visitor
+from .visitor import PREFIX_CACHE_MB, Visitor
 
 MAX_GRAD_NORM = 1.0
 
@@ -79,9 +78,7 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fa
 
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
     schedule = get_scheduler("cosine", optimizer, 0, settings.num_epochs * len(facts))
-    batches = [[sample_of(fact, model.device)] for fact in facts]
-    thresholds = {"loss_threshold": settings.loss_threshold, "steps_per_sample": settings.steps_per_sample}
-    dtype = torch.bfloat16 if mixed else torch.float32
+    samples = [sample_of(fact, model.device) for fact in facts]
 
     def plain_losses(fact: Fact) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=mixed):
@@ -100,13 +97,13 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fa
         fast = None
         if not active_dropout(model):
             fast = FastForward(model, min(settings.layers), PREFIX_CACHE_MB * 2**20, autocast=mixed)
-        visitor = Visitor(fast, Lookahead(LOOKAHEAD, settings.loss_threshold, dtype), **thresholds)
+        visitor = Visitor(fast, loss_threshold=settings.loss_threshold, steps_per_sample=settings.steps_per_sample)
         for _ in range(settings.num_epochs):
             books = EpochBooks()
             for index, fact in enumerate(facts):
                 try:
                     visit = visitor.visit(
-                        batches[index : index + LOOKAHEAD],
+                        [samples[index]],
                         plain_losses=lambda indices, fact=fact: plain_losses(fact),
                         backward=torch.Tensor.backward,
                         step=step,

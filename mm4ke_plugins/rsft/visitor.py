@@ -1,4 +1,4 @@
-"""R-SFT without wasted work: Algorithm 1 (algorithm.py) on fast losses (forward.py), with lookahead (lookahead.py).
+"""R-SFT without wasted work: Algorithm 1 (algorithm.py) on fast losses (forward.py).
 
 The sequence of updates is that of the plain loop. Where the fast way is not to be had, the plain one is taken from
 there on, with one warning: in a model whose losses come out otherwise, or when memory runs out.
@@ -12,49 +12,42 @@ import torch
 from ..errors import first_line
 from .algorithm import Visit, visit
 from .forward import FastForward
-from .lookahead import Lookahead
 from .losses import Sample
 
 logger = logging.getLogger(__name__)
 
-# Samples scored at once, and megabytes of prefixes kept, where nobody says otherwise.
-LOOKAHEAD = 8
+# Megabytes of prefixes kept, where nobody says otherwise.
 PREFIX_CACHE_MB = 512
 
 
 class Visitor:
     """Visits one batch after the other.
 
-    fast:      computes the losses; None to compute them plainly
-    lookahead: finds the samples that need no visit; not used without `fast`
+    fast: computes the losses; None to compute them plainly
     """
 
-    def __init__(
-        self, fast: FastForward | None, lookahead: Lookahead, *, loss_threshold: float, steps_per_sample: int
-    ):
+    def __init__(self, fast: FastForward | None, *, loss_threshold: float, steps_per_sample: int):
         self.fast = fast
-        self.lookahead = lookahead
         self.settings = {"loss_threshold": loss_threshold, "steps_per_sample": steps_per_sample}
         self.checked = False
 
     def visit(
         self,
-        batches: Sequence[list[Sample]],
+        samples: Sequence[Sample],
         *,
         plain_losses: Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]],
         backward: Callable[[torch.Tensor], None],
         step: Callable[[], None],
         zero_grad: Callable[[], None],
     ) -> Visit:
-        """Visit the samples of `batches[0]`. The batches after it come next, as far as is known: for the lookahead.
+        """Visit the samples of a batch; without `fast` only their number counts.
 
-        plain_losses: the losses of the samples of batches[0] with these indices, by the whole model: those that are
-                      trained, with a graph, and those that are judged
+        plain_losses: the losses of the samples with these indices, by the whole model: those that are trained, with a
+                      graph, and those that are judged
         backward, step, zero_grad: the parts of an update, which takes the mean loss of some samples
 
         Raises what `algorithm.visit` raises.
         """
-        samples = batches[0]
         if self.fast and not self.checked:
             self._check(samples, plain_losses)
 
@@ -78,24 +71,10 @@ class Visitor:
             step()
             zero_grad()
 
-        visited = visit(losses_of, update, self._arrival(batches), **self.settings)
-        self.lookahead.visited(visited)
-        return visited
-
-    def _arrival(self, batches: Sequence[list[Sample]]) -> list[float | None]:
-        if self.fast:
-            try:
-                return self.lookahead.arrival(batches, self._score)
-            except RuntimeError as error:
-                self._give_up_if_out_of_memory(error)
-        return [None] * len(batches[0])
+        return visit(losses_of, update, len(samples), **self.settings)
 
     @torch.no_grad()
-    def _score(self, samples: list[Sample]) -> list[float]:
-        return self.fast.losses(samples)[1].tolist()
-
-    @torch.no_grad()
-    def _check(self, samples: list[Sample], plain_losses: Callable) -> None:
+    def _check(self, samples: Sequence[Sample], plain_losses: Callable) -> None:
         """Compare the two ways once, since an architecture may hand on more than hidden states from layer to layer."""
         self.checked = True
         plain, _ = plain_losses(list(range(len(samples))))
@@ -104,7 +83,8 @@ class Visitor:
             if torch.allclose(fast, plain.to(fast.dtype), rtol=1e-2, atol=1e-3, equal_nan=True):
                 return
             problem = f"the loss of the first fact is {fast[0]:.4f} instead of {plain[0]:.4f}"
-        except Exception as error:  # noqa: BLE001  (whatever an architecture that was never seen may raise)
+        except Exception as error:  # whatever an architecture that was never seen may raise
+            logger.debug("R-SFT's fast paths failed", exc_info=True)
             problem = first_line(error)
         self._give_up(f"this model can't be computed in parts ({problem})")
 

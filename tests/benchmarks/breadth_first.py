@@ -20,12 +20,11 @@ from mm4ke_plugins.knowedit.metrics import METRICS, mean_scores, predict, questi
 from mm4ke_plugins.knowedit.prompts import encode
 from mm4ke_plugins.knowedit.records import read_records
 from mm4ke_plugins.rsft.forward import FastForward
-from mm4ke_plugins.rsft.visitor import LOOKAHEAD
 
 WAYS = {
-    "depth-first, plain": ("recipes/rsft.yaml", None, 1),
-    "depth-first": ("recipes/rsft.yaml", FastForward, LOOKAHEAD),
-    "breadth-first": ("recipes/breadth-first/rsft.yaml", FastForward, LOOKAHEAD),
+    "depth-first, plain": ("recipes/rsft.yaml", None),
+    "depth-first": ("recipes/rsft.yaml", FastForward),
+    "breadth-first": ("recipes/breadth-first/rsft.yaml", FastForward),
 }
 
 
@@ -46,13 +45,13 @@ def main(
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(records, Path(folder), "facts")
-        for name, (path, fast, lookahead) in WAYS.items():
+        for name, (path, fast) in WAYS.items():
             if only_breadth and name != "breadth-first":
                 continue
             changes = {"model_name_or_path": str(base), "dataset_dir": folder, "output_dir": f"{folder}/rsft"}
             if name == "breadth-first":
                 changes |= {key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in overrides)}
-            runs[name] = Run(Recipe(ROOT / path, **changes), fast, lookahead)
+            runs[name] = Run(Recipe(ROOT / path, **changes), fast)
     run = next(iter(runs.values()))
     questions = questions_of(records)
     codes = [encode(run.recipe.tokenizer, question, "chat") for question in questions]

@@ -19,7 +19,6 @@ from training import ROOT, Recipe, Run, machine
 from mm4ke_plugins.knowedit.dataset import consistent_records, write_dataset
 from mm4ke_plugins.knowedit.records import read_records
 from mm4ke_plugins.rsft.forward import FastForward
-from mm4ke_plugins.rsft.visitor import LOOKAHEAD
 
 
 class OnlyAnswerRows(FastForward):
@@ -34,10 +33,9 @@ class OnlyAnswerRows(FastForward):
 
 
 VARIANTS = {
-    "plain": (None, 1),
-    "answer rows": (OnlyAnswerRows, 1),
-    "+ frozen prefix": (FastForward, 1),
-    "+ lookahead": (FastForward, LOOKAHEAD),
+    "plain": None,
+    "answer rows": OnlyAnswerRows,
+    "+ frozen prefix": FastForward,
 }
 
 
@@ -48,7 +46,7 @@ VARIANTS = {
 @click.option("--epochs", default=5, show_default=True)
 @click.option("--variants", type=click.Choice(["two", "all"]), default="two", show_default=True)
 def main(facts: Path, n: int, base: Path, epochs: int, variants: str) -> None:
-    names = list(VARIANTS) if variants == "all" else ["plain", "+ lookahead"]
+    names = list(VARIANTS) if variants == "all" else ["plain", "+ frozen prefix"]
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(consistent_records(read_records(facts, n), True), Path(folder), "facts")
         recipe = Recipe(
@@ -58,7 +56,7 @@ def main(facts: Path, n: int, base: Path, epochs: int, variants: str) -> None:
             num_train_epochs=epochs,
             output_dir=f"{folder}/rsft",
         )
-    runs = {name: Run(recipe, *VARIANTS[name]) for name in names}
+    runs = {name: Run(recipe, VARIANTS[name]) for name in names}
     tokens = [batch["input_ids"].shape[1] for batch in recipe.batches]
     print(f"{machine()}\n{len(tokens)} facts of {min(tokens)} to {max(tokens)} tokens with padding, {epochs} epochs")
     order = list(runs.values())

@@ -20,8 +20,7 @@ from pathlib import Path
 import click
 from training import ROOT, Recipe, Run, machine
 
-from mm4ke_plugins.rsft.forward import FastForward
-from mm4ke_plugins.rsft.visitor import LOOKAHEAD, PREFIX_CACHE_MB
+from mm4ke_plugins.rsft.visitor import PREFIX_CACHE_MB
 
 LAYERS = 6
 EPOCHS = 1
@@ -58,7 +57,7 @@ def train(base: Path, count: int) -> dict[str, float]:
         )
     whole = recipe.model
     recipe.model = lambda: shortened(whole())
-    run = Run(recipe, FastForward, LOOKAHEAD)
+    run = Run(recipe)
     before = resident_mb(peak=False)
     for _ in range(EPOCHS):
         for index in range(count):

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from mm4ke_plugins.rsft.algorithm import Visit
 from mm4ke_plugins.rsft.forward import FastForward
 from mm4ke_plugins.rsft.layers import ffn_parameter_names
-from mm4ke_plugins.rsft.lookahead import Lookahead
 from mm4ke_plugins.rsft.losses import answer_losses, samples_of
 from mm4ke_plugins.rsft.visitor import PREFIX_CACHE_MB, Visitor
 
@@ -66,7 +65,6 @@ class Run:
 
     recipe: Recipe
     fast: type[FastForward] | None = FastForward
-    lookahead: int = 1
     seconds: float = 0.0
     updates: int = 0
     visits: list[Visit] = field(default_factory=list)
@@ -79,11 +77,9 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.trained, lr=training.learning_rate, weight_decay=0, fused=True)
         total = len(self.recipe.batches) * int(training.num_train_epochs)
         self.schedule = get_scheduler(training.lr_scheduler_type, self.optimizer, 0, total)
-        tau = finetuning.rsft_loss_threshold
         self.visitor = Visitor(
             self.fast and self.fast(self.model, min(finetuning.rsft_layers), PREFIX_CACHE_MB * 2**20),
-            Lookahead(self.lookahead, tau, torch.float32),
-            loss_threshold=tau,
+            loss_threshold=finetuning.rsft_loss_threshold,
             steps_per_sample=finetuning.rsft_steps_per_sample,
         )
         self.samples = [
@@ -94,7 +90,7 @@ class Run:
         batch = self.recipe.batches[index]
         begin = time.perf_counter()
         visit = self.visitor.visit(
-            self.samples[index : index + self.lookahead],
+            self.samples[index],
             plain_losses=lambda indices: self._plain_losses(batch, self.recipe.own[index], indices),
             backward=torch.Tensor.backward,
             step=self._step,

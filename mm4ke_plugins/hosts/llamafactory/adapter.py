@@ -16,8 +16,6 @@ nothing.
 
 import functools
 import os
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,10 +30,9 @@ from ...errors import MM4KEError, report_in_one_line
 from ...rsft.algorithm import EpochBooks, LossNotFinite, Visit
 from ...rsft.forward import FastForward, active_dropout
 from ...rsft.layers import ffn_parameter_names
-from ...rsft.lookahead import Lookahead
 from ...rsft.losses import answer_losses, samples_of
 from ...rsft.provenance import Provenance, joint_hash, parameter_hashes
-from ...rsft.visitor import LOOKAHEAD, PREFIX_CACHE_MB, Visitor
+from ...rsft.visitor import PREFIX_CACHE_MB, Visitor
 from ...storage.checkpoint import open_safetensors, tensor_files
 from ...storage.names import name_in
 from ...storage.tensors import tensor_sha256
@@ -157,9 +154,6 @@ def substitute_trainer(workflow) -> None:
             self.visited: Visit | None = None
             self.visit_grad_norm: torch.Tensor | float | None = None
             self.visitor = make_visitor(self)
-            self.batches: Iterator | None = None  # an epoch's
-            # Of these, the current one and the next: batch, samples, the answers' own tokens.
-            self.fetched: deque[tuple[dict, list, torch.Tensor]] = deque()
             self.add_callback(RsftCallback(self, workflow.logger))
             self.output: Output | None = None
             self.base_hashes: dict[str, str] = {}
@@ -284,20 +278,6 @@ def substitute_trainer(workflow) -> None:
                     )
             return tensors, names
 
-        def get_batch_samples(self, epoch_iterator, num_batches, device):
-            """Hand out the next batch, having fetched as many after it as the lookahead may want."""
-            if epoch_iterator is not self.batches:
-                self.batches = epoch_iterator
-                self.fetched.clear()
-            elif self.fetched:
-                self.fetched.popleft()
-            while sum(len(samples) for _, samples, _ in self.fetched) < max(1, self.visitor.lookahead.limit):
-                if (batch := next(epoch_iterator, None)) is None:
-                    break
-                own = batch.pop(facts.OWN)
-                self.fetched.append((batch, self._samples_of(batch, own), own))
-            return super().get_batch_samples((batch for batch, *_ in list(self.fetched)[:1]), num_batches, device)
-
         def _prepare_inputs(self, inputs):
             inputs.pop(facts.OWN, None)  # an evaluation's batch has it still
             return super()._prepare_inputs(inputs)
@@ -315,14 +295,16 @@ def substitute_trainer(workflow) -> None:
             return samples
 
         def training_step(self, model, inputs, num_items_in_batch=None):
-            """One visit. Returns the mean judged loss on arrival: what is logged as the loss is what tau judges."""
+            """One visit. Returns the mean judged loss before its first update: the log has what tau judges."""
             model.train()
+            own = inputs.pop(facts.OWN)
+            samples = self._samples_of(inputs, own)
             inputs = self._prepare_inputs(inputs)
             self.visit_grad_norm = 0.0
             try:
                 self.visited = self.visitor.visit(
-                    [samples for _, samples, _ in self.fetched],
-                    plain_losses=lambda indices: self._plain_losses(model, inputs, indices),
+                    samples,
+                    plain_losses=lambda indices: self._plain_losses(model, inputs, own, indices),
                     backward=self.accelerator.backward,
                     step=lambda: self._step(model),
                     zero_grad=model.zero_grad,
@@ -336,8 +318,7 @@ def substitute_trainer(workflow) -> None:
             losses = self.visited.first_losses
             return torch.tensor(sum(losses) / len(losses), device=self.args.device)
 
-        def _plain_losses(self, model, inputs, indices) -> tuple[torch.Tensor, torch.Tensor]:
-            own = self.fetched[0][2].to(inputs["labels"].device)
+        def _plain_losses(self, model, inputs, own, indices) -> tuple[torch.Tensor, torch.Tensor]:
             if len(inputs["input_ids"]) == 1:
                 # Without num_items_in_batch the model returns the mean over all trained tokens.
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -379,27 +360,19 @@ def make_visitor(trainer) -> Visitor:
     Raises MM4KEError for a recipe that asks for them in a model with dropout.
     """
     arguments, model = trainer.finetuning_args, trainer.model
-    settings = {
-        "loss_threshold": arguments.rsft_loss_threshold,
-        "steps_per_sample": arguments.rsft_steps_per_sample,
-    }
-    fast, limit = None, 1
+    megabytes = arguments.rsft_prefix_cache_mb
+    fast = None
     if dropout := active_dropout(model):
-        for key in ("rsft_lookahead", "rsft_prefix_cache_mb"):
-            if (value := getattr(arguments, key)) is not None and value != 1:
-                raise MM4KEError(
-                    f"{recipe_name()}: {key}: {value}: this model has dropout ({dropout}), with which no two passes of "
-                    "a fact are alike; switch it off in the model's config.json, or leave this key out"
-                )
+        if megabytes is not None:
+            raise MM4KEError(
+                f"{recipe_name()}: rsft_prefix_cache_mb: {megabytes}: this model has dropout ({dropout}), with which no "
+                "two passes of a fact are alike; switch it off in the model's config.json, or leave this key out"
+            )
     elif not model.is_gradient_checkpointing:
-        fast = FastForward(
-            model,
-            min(arguments.rsft_layers),
-            (arguments.rsft_prefix_cache_mb or PREFIX_CACHE_MB) * 2**20,
-        )
-        limit = arguments.rsft_lookahead or LOOKAHEAD
-    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
-    return Visitor(fast, Lookahead(limit, settings["loss_threshold"], dtype), **settings)
+        fast = FastForward(model, min(arguments.rsft_layers), (megabytes or PREFIX_CACHE_MB) * 2**20)
+    return Visitor(
+        fast, loss_threshold=arguments.rsft_loss_threshold, steps_per_sample=arguments.rsft_steps_per_sample
+    )
 
 
 class RsftCallback(TrainerCallback, ExportableState):

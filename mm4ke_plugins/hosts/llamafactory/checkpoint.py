@@ -39,7 +39,7 @@ WITHOUT_EFFECT = re.compile(
     r"|include_num_input_tokens_seen|include_effective_tokens_per_second|skip_memory_metrics|torch_empty_cache_steps"
     r"|dataloader_num_workers|dataloader_pin_memory|dataloader_persistent_workers|dataloader_prefetch_factor"
     r"|local_rank|ddp_.*|ray_.*|master_addr|master_port|enable_torch_profiler|profiler_.*|profile_modules"
-    r"|rsft_lookahead|rsft_prefix_cache_mb|rsft_save_.*"
+    r"|rsft_prefix_cache_mb|rsft_save_.*"
     r"|.*_(token|secret|api_key)"
 )
 # Where the best checkpoint becomes the result, it matters which ones there are.

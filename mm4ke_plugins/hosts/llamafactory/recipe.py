@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MM4KEError, first_line
-from ...rsft.visitor import LOOKAHEAD, PREFIX_CACHE_MB
+from ...rsft.visitor import PREFIX_CACHE_MB
 from ...storage.checkpoint import is_safetensors, tensor_files
 
 
@@ -44,13 +44,6 @@ class RsftArguments:
         metadata={
             "help": "tau: R-SFT leaves a fact whose mean loss per token is under this (nats), both over the answer's "
             "own tokens and over all that are trained, with the end of the turn."
-        },
-    )
-    rsft_lookahead: int | None = field(
-        default=None,
-        metadata={
-            "help": "How many facts R-SFT scores at once to find those that need no visit; 1: none. Same result. "
-            f"By default {LOOKAHEAD}, and 1 in a model with dropout."
         },
     )
     rsft_prefix_cache_mb: int | None = field(
@@ -143,7 +136,6 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
 
     for arguments, key, reason in (
         (finetuning_args, "rsft_steps_per_sample", "give a whole number of at least 1 (the paper uses 6)"),
-        (finetuning_args, "rsft_lookahead", "give a whole number of at least 1, which switches it off"),
         (finetuning_args, "rsft_prefix_cache_mb", "give a whole number of megabytes, at least 1"),
         (training_args, "per_device_train_batch_size", "give a whole number of at least 1, the facts of one visit"),
     ):
