@@ -65,11 +65,11 @@ def test_same_weights_as_llamafactory(recipe, threshold):  # noqa: F811
     recipe["rsft_loss_threshold"] = threshold
     base = load_file(f"{recipe['model_name_or_path']}/model.safetensors")
     facts = llamafactory_facts(recipe)
-    expected, books = train(recipe)
+    expected, statistics = train(recipe)
     model = load(recipe["model_name_or_path"])
     settings = Settings(layers=(1,), learning_rate=1e-2, loss_threshold=threshold, num_epochs=8)
     train_facts(model, TRAINED, facts, settings)
-    assert sum(entry["rsft_updates"] for entry in books) > 20
+    assert sum(entry["rsft_updates"] for entry in statistics) > 20
     for name, tensor in model.state_dict().items():
         # What the updates moved is compared, not the weights they are added to.
         torch.testing.assert_close(tensor - base[name], expected[name] - base[name], rtol=1e-3, atol=1e-5)

@@ -76,7 +76,7 @@ def tiny_llama(tmp_path_factory) -> Path:
 
 
 def train(recipe: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Run the recipe in this process; the saved weights and the books of every epoch."""
+    """Run the recipe in this process; the saved weights and the statistics of every epoch."""
     from llamafactory.train.tuner import run_exp
 
     run_exp(recipe)
@@ -139,7 +139,7 @@ def transcription(recipe: dict):
             visit = algorithm_1(model, [sample], ClippedOptimizer, 1, K, tau, judge)
             updates += [(epoch, i, k) for _, _, k in visit]
             schedule.step()
-            logged.append((losses[0], norms[-1] if norms else 0.0))  # a fact's loss on arrival, its last gradient
+            logged.append((losses[0], norms[-1] if norms else 0.0))  # a fact's first loss, its last gradient
         if len(updates) == before:
             break
     return updates, model.state_dict(), logged
@@ -147,16 +147,16 @@ def transcription(recipe: dict):
 
 def test_same_updates_and_same_weights_as_algorithm_1(recipe):
     updates, expected, logged = transcription(recipe)
-    weights, books = train(recipe)
-    assert [entry["rsft_updates"] for entry in books] == [
-        sum(update[0] == epoch for update in updates) for epoch in range(len(books))
+    weights, statistics = train(recipe)
+    assert [entry["rsft_updates"] for entry in statistics] == [
+        sum(update[0] == epoch for update in updates) for epoch in range(len(statistics))
     ]
     assert {name: torch.equal(weights[name], expected[name]) for name in weights} == dict.fromkeys(weights, True)
     history = json.loads((Path(recipe["output_dir"]) / "trainer_state.json").read_text())["log_history"]
     log = [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
     assert log == [pytest.approx(entry, rel=1e-5) for entry in logged]
     assert {update[2] for update in updates} == set(range(6))  # some visits used up their K updates
-    assert any(entry["rsft_already_converged"] for entry in books)  # and some needed none
+    assert any(entry["rsft_already_converged"] for entry in statistics)  # and some needed none
 
 
 @pytest.mark.parametrize("change", [{}, {"rsft_prefix_cache_mb": 1}])
@@ -170,15 +170,15 @@ def test_the_fast_paths_are_taken_and_change_nothing(recipe, change, monkeypatch
 
     monkeypatch.setattr(FastForward, "losses", count)
     recipe |= {"num_train_epochs": 40, "rsft_loss_threshold": 0.6}
-    weights, books = train(recipe | change)
+    weights, statistics = train(recipe | change)
     assert not [record for record in caplog.records if record.name.startswith("mm4ke")]  # no warning
     # Every visit but its last one at K asks for one loss more than it updates; one call is the check of the first visit.
-    updates, visits = (sum(entry[key] for entry in books) for key in ("rsft_updates", "rsft_visits"))
+    updates, visits = (sum(entry[key] for entry in statistics) for key in ("rsft_updates", "rsft_visits"))
     assert updates < len(calls) <= updates + visits + 1
 
     monkeypatch.setattr("mm4ke_plugins.hosts.llamafactory.adapter.FastForward", lambda *args: None)
-    expected, plain_books = train(recipe | {"output_dir": recipe["output_dir"] + "-plain"})
-    assert [entry["rsft_updates"] for entry in books] == [entry["rsft_updates"] for entry in plain_books]
+    expected, plain_statistics = train(recipe | {"output_dir": recipe["output_dir"] + "-plain"})
+    assert [entry["rsft_updates"] for entry in statistics] == [entry["rsft_updates"] for entry in plain_statistics]
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
@@ -186,7 +186,7 @@ def test_breadth_first_trains_the_unconverged_facts_of_a_batch_together(recipe):
     """Against a literal loop in which every fact is computed by itself, without padding."""
     recipe |= {"rsft_steps_per_sample": 1, "per_device_train_batch_size": 2, "num_train_epochs": 80}
     recipe |= {"lr_scheduler_type": "constant", "max_grad_norm": 0, "weight_decay": 0}
-    weights, books = train(recipe)
+    weights, statistics = train(recipe)
 
     from test_editing import llamafactory_facts
 
@@ -195,7 +195,7 @@ def test_breadth_first_trains_the_unconverged_facts_of_a_batch_together(recipe):
     trained = {name: model.get_parameter(name) for name in TRAINED}
     optimizer = torch.optim.AdamW(trained.values(), lr=recipe["learning_rate"], weight_decay=0)
     updates = []
-    for _ in range(len(books)):
+    for _ in range(len(statistics)):
         updates.append(0)
         for batch in (facts[:2], facts[2:]):
             losses, judged = map(torch.cat, zip(*[fact_losses(model, fact) for fact in batch]))
@@ -204,9 +204,9 @@ def test_breadth_first_trains_the_unconverged_facts_of_a_batch_together(recipe):
                 above.mean().backward()
                 optimizer.step()
                 updates[-1] += 1
-    assert [entry["rsft_updates"] for entry in books] == updates
-    assert [entry["rsft_visits"] for entry in books] == [3] * len(books)
-    assert updates[-1] == 0 < sum(updates) < 2 * len(books)
+    assert [entry["rsft_updates"] for entry in statistics] == updates
+    assert [entry["rsft_visits"] for entry in statistics] == [3] * len(statistics)
+    assert updates[-1] == 0 < sum(updates) < 2 * len(statistics)
     for name, parameter in trained.items():
         torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-3, atol=1e-4)
 
@@ -218,8 +218,8 @@ def test_dropout_rules_the_fast_paths_out(recipe, tmp_path):
         MM4KEError, match=r"rsft_prefix_cache_mb: 64: this model has dropout \(model.*_dropout: 0.25\)"
     ):
         train(recipe | {"rsft_prefix_cache_mb": 64})
-    _, books = train(recipe)
-    assert books[0]["rsft_updates"] > 0
+    _, statistics = train(recipe)
+    assert statistics[0]["rsft_updates"] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -252,10 +252,10 @@ def test_the_knowledge_delta_holds_the_whole_training(recipe, tmp_path, dtype):
 
 
 def test_gradient_checkpointing_computes_the_whole_model(recipe):
-    weights, books = train(recipe | {"num_train_epochs": 2})
+    weights, statistics = train(recipe | {"num_train_epochs": 2})
     again = recipe | {"disable_gradient_checkpointing": False, "output_dir": recipe["output_dir"] + "-checkpointing"}
-    checkpointed, other_books = train(again | {"num_train_epochs": 2})
-    assert [entry["rsft_updates"] for entry in books] == [entry["rsft_updates"] for entry in other_books]
+    checkpointed, other_statistics = train(again | {"num_train_epochs": 2})
+    assert [entry["rsft_updates"] for entry in statistics] == [entry["rsft_updates"] for entry in other_statistics]
     for name in TRAINED:
         torch.testing.assert_close(checkpointed[name], weights[name], rtol=1e-4, atol=1e-5)
 
@@ -280,9 +280,9 @@ def test_several_layers_as_on_the_command_line(recipe, tiny_llama):
 def test_bf16_base_with_float32_trained_weights(recipe, tmp_path):
     base = make_tiny_model(tmp_path / "bf16", dtype=torch.bfloat16)
     recipe |= {"model_name_or_path": str(base), "bf16": True, "use_cpu": True}
-    weights, books = train(recipe)
+    weights, statistics = train(recipe)
     before = load_file(base / "model.safetensors")
-    assert books[-1]["rsft_converged_fraction"] > books[0]["rsft_converged_fraction"]
+    assert statistics[-1]["rsft_converged_fraction"] > statistics[0]["rsft_converged_fraction"]
     for name, tensor in weights.items():
         if name in TRAINED:
             assert tensor.dtype == torch.float32
@@ -292,9 +292,9 @@ def test_bf16_base_with_float32_trained_weights(recipe, tmp_path):
             assert torch.equal(tensor, before[name])
 
 
-def test_resumed_at_any_checkpoint_gives_the_same_weights_and_books(recipe, tmp_path):
+def test_resumed_at_any_checkpoint_gives_the_same_weights_and_statistics(recipe, tmp_path):
     recipe |= {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 4, "rsft_loss_threshold": 2.0}
-    weights, books = train(recipe)
+    weights, statistics = train(recipe)
     whole = Path(recipe["output_dir"])
     checkpoints = sorted(whole.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert len(checkpoints) == 12
@@ -302,8 +302,8 @@ def test_resumed_at_any_checkpoint_gives_the_same_weights_and_books(recipe, tmp_
     for checkpoint in checkpoints[:7]:
         resumed = recipe | {"output_dir": str(tmp_path / checkpoint.name), "save_strategy": "no"}
         shutil.copytree(checkpoint, Path(resumed["output_dir"]) / checkpoint.name)
-        resumed_weights, resumed_books = train(resumed)
-        assert resumed_books == books, checkpoint.name
+        resumed_weights, resumed_statistics = train(resumed)
+        assert resumed_statistics == statistics, checkpoint.name
         assert all(torch.equal(resumed_weights[name], weights[name]) for name in weights), checkpoint.name
 
 
@@ -314,18 +314,18 @@ def test_the_command_ends_after_an_epoch_without_update(recipe, tmp_path):
     run = run_command("llamafactory-cli", "train", tmp_path / "rsft.yaml", cwd=tmp_path, **env)
     assert run.returncode == 0, run.stderr[-2000:]
     assert (run.stderr + run.stdout).count("faster with OMP_WAIT_POLICY=passive") == 1
-    _, books = saved(recipe)
-    assert 1 < len(books) < 60
-    assert [entry["rsft_updates"] > 0 for entry in books] == [True] * (len(books) - 1) + [False]
-    assert books[-1]["rsft_already_converged"] == books[-1]["rsft_visits"] == len(FACTS)
-    assert books[-1]["rsft_converged_fraction"] == 1
-    assert books[-1]["rsft_mean_final_loss"] <= books[-1]["rsft_max_final_loss"] < 1.5
-    assert f"R-SFT: epoch {len(books)} needed no update" in run.stderr + run.stdout
+    _, statistics = saved(recipe)
+    assert 1 < len(statistics) < 60
+    assert [entry["rsft_updates"] > 0 for entry in statistics] == [True] * (len(statistics) - 1) + [False]
+    assert statistics[-1]["rsft_already_converged"] == statistics[-1]["rsft_visits"] == len(FACTS)
+    assert statistics[-1]["rsft_converged_fraction"] == 1
+    assert statistics[-1]["rsft_mean_final_loss"] <= statistics[-1]["rsft_max_final_loss"] < 1.5
+    assert f"R-SFT: epoch {len(statistics)} needed no update" in run.stderr + run.stdout
     assert "converged=3/3, updates=0" in run.stderr  # the progress bar
     assert (tmp_path / "rsft" / "training_loss.png").stat().st_size > 1000
     state = json.loads((tmp_path / "rsft" / "trainer_state.json").read_text())
     losses = [entry["step"] for entry in state["log_history"] if "loss" in entry]
-    assert losses == list(range(1, len(books) * len(FACTS) + 1))  # the books displace no loss
+    assert losses == list(range(1, len(statistics) * len(FACTS) + 1))  # the statistics displace no loss
 
 
 @pytest.mark.parametrize(

@@ -267,8 +267,8 @@ def test_a_converged_fact_is_learned_by_its_own_tokens_and_with_its_end(recipe, 
     recipe["rsft_loss_threshold"] = 1.5  # two facts are much for a model of this size
     run_exp(recipe)
     history = json.loads((tmp_path / "rsft" / "trainer_state.json").read_text())["log_history"]
-    books = [entry for entry in history if "rsft_visits" in entry]
-    assert books[-1]["rsft_updates"] == 0
+    statistics = [entry for entry in history if "rsft_visits" in entry]
+    assert statistics[-1]["rsft_updates"] == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "rsft", dtype=torch.float32)
     rows, _ = rows_of(recipe | {"output_dir": str(tmp_path / "again")})
     judged = []
@@ -280,8 +280,8 @@ def test_a_converged_fact_is_learned_by_its_own_tokens_and_with_its_end(recipe, 
         own = losses[torch.tensor(row["rsft_own"], dtype=torch.bool)].mean()
         judged.append(max(own.item(), losses.mean().item()))
     assert max(judged) < recipe["rsft_loss_threshold"]
-    # What is logged is what is judged: the books of the last epoch, and the loss of each of its visits.
-    assert books[-1]["rsft_max_final_loss"] == pytest.approx(max(judged), rel=1e-3)
+    # What is logged is what is judged: the statistics of the last epoch, and the loss of each of its visits.
+    assert statistics[-1]["rsft_max_final_loss"] == pytest.approx(max(judged), rel=1e-3)
     last = [entry["loss"] for entry in history if "loss" in entry][-2 // batch_size :]
     expected = judged if batch_size == 1 else [sum(judged) / 2]
     assert last == pytest.approx(expected, rel=1e-3, abs=1e-4)

@@ -140,8 +140,8 @@ def test_another_base_at_the_same_place(finished, tmp_path):
     """Other weights, or only one number of a layer that is not trained, or only its config.json."""
     base = Path(finished["model_name_or_path"])
     moved = finished | {"model_name_or_path": str(shutil.copytree(base, tmp_path / "moved"))}
-    _, books = train(moved)  # the same base, wherever it is
-    assert len(books) == 4
+    _, statistics = train(moved)  # the same base, wherever it is
+    assert len(statistics) == 4
     make_tiny_model(tmp_path / "moved", seed=1)
     refused(moved, r"is of another training \(model_name_or_path: the base model has other weights here\)")
 
@@ -160,26 +160,26 @@ def test_what_changes_nothing_may_change(interrupted, trained, tmp_path):
     facts = write_facts(tmp_path / "elsewhere")
     (facts / "facts.json").rename(facts / "renamed.json")
     (facts / "dataset_info.json").write_text(json.dumps({"renamed": {"file_name": "renamed.json"}}))
-    weights, books = train(
+    weights, statistics = train(
         interrupted
         | {"dataset_dir": str(facts), "dataset": "renamed", "logging_steps": 3, "save_strategy": "epoch"}
         | {"save_total_limit": 2, "rsft_prefix_cache_mb": 1, "rsft_save_delta": True}
         | {"preprocessing_num_workers": 1, "plot_loss": True, "run_name": "another", "hf_hub_token": "hf_secret"}
     )
-    expected, expected_books = saved(interrupted | {"output_dir": str(trained / "rsft")})
-    assert same(weights, expected) and books == expected_books
+    expected, expected_statistics = saved(interrupted | {"output_dir": str(trained / "rsft")})
+    assert same(weights, expected) and statistics == expected_statistics
     assert not [path for path in Path(interrupted["output_dir"]).rglob("*.json*") if "hf_secret" in path.read_text()]
 
 
 def test_a_finished_training_is_not_repeated(finished, tmp_path, monkeypatch):
-    weights, books = saved(finished)
+    weights, statistics = saved(finished)
     model = Path(finished["output_dir"]) / "model.safetensors"
     written = model.stat().st_mtime_ns
     monkeypatch.setattr("transformers.Trainer.training_step", None)  # there is none
     monkeypatch.setattr("mm4ke_plugins.rsft.visitor.Visitor.visit", None)
     state = (model.parent / "trainer_state.json").read_text()
-    again, books_again = train(finished | {"plot_loss": True})
-    assert same(again, weights) and books_again == books
+    again, statistics_again = train(finished | {"plot_loss": True})
+    assert same(again, weights) and statistics_again == statistics
     assert model.stat().st_mtime_ns == written  # a kill can't leave half a model
     assert (model.parent / "trainer_state.json").read_text() == state
 
@@ -198,24 +198,24 @@ def test_a_finished_training_is_not_repeated(finished, tmp_path, monkeypatch):
 def test_a_finished_training_without_checkpoints(recipe):
     """LLaMA-Factory itself refuses to write there again."""
     recipe |= {"save_strategy": "no"}
-    weights, books = train(recipe)
+    weights, statistics = train(recipe)
     assert same(train(recipe)[0], weights)
     refused(recipe | {"rsft_steps_per_sample": 1}, "rsft_steps_per_sample: 6 there, 1 here")
     (Path(recipe["output_dir"]) / "trainer_state.json").unlink()
     refused(recipe, "rsft: has a model of which is not known how it was trained; remove it, give another")
-    again, books_again = train(recipe | {"overwrite_output_dir": True})
-    assert same(again, weights) and books_again == books
+    again, statistics_again = train(recipe | {"overwrite_output_dir": True})
+    assert same(again, weights) and statistics_again == statistics
 
 
 def test_an_early_end_is_an_end(recipe):
     recipe |= {"num_train_epochs": 60, "save_strategy": "epoch", "save_total_limit": 1}
-    weights, books = train(recipe)
-    assert len(books) < 60
+    weights, statistics = train(recipe)
+    assert len(statistics) < 60
     for killed_while_saving in (False, True):
         if killed_while_saving:
             (Path(recipe["output_dir"]) / "trainer_state.json").unlink()
-        again, books_again = train(recipe)
-        assert same(again, weights) and books_again == books
+        again, statistics_again = train(recipe)
+        assert same(again, weights) and statistics_again == statistics
 
 
 def test_a_kill_while_a_checkpoint_is_written(interrupted, trained):
@@ -225,9 +225,9 @@ def test_a_kill_while_a_checkpoint_is_written(interrupted, trained):
     (half / "trainer_state.json").write_text((half / "trainer_state.json").read_text()[:500])
     (half / "model.safetensors").write_bytes(b"")
     refused(interrupted | {"resume_from_checkpoint": str(half)}, "checkpoint-7: is not a complete checkpoint")
-    weights, books = train(interrupted)
-    expected, expected_books = saved(interrupted | {"output_dir": str(trained / "rsft")})
-    assert same(weights, expected) and books == expected_books
+    weights, statistics = train(interrupted)
+    expected, expected_statistics = saved(interrupted | {"output_dir": str(trained / "rsft")})
+    assert same(weights, expected) and statistics == expected_statistics
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
@@ -278,7 +278,7 @@ def test_a_checkpoint_without_provenance(interrupted):
     file = Path(interrupted["output_dir"]) / "checkpoint-5" / "trainer_state.json"
     state = json.loads(file.read_text())
     message = "checkpoint-5: is of a training without R-SFT, or of an earlier version; remove it"
-    for attributes in ({"books": {}}, {"provenance": None}, {"provenance": {"settings": {}}}, []):
+    for attributes in ({"statistics": {}}, {"provenance": None}, {"provenance": {"settings": {}}}, []):
         state["stateful_callbacks"]["RsftCallback"]["attributes"] = attributes
         file.write_text(json.dumps(state))
         refused(interrupted, message)
@@ -298,21 +298,21 @@ def test_overwriting_leaves_nothing_of_the_other_training(finished, tmp_path):
     write_facts(Path(finished["dataset_dir"]), OTHERS)
     folder = Path(finished["output_dir"])
     (folder / "notes.txt").write_text("mine")
-    weights, books = train(finished | {"overwrite_output_dir": True, "save_steps": 7})
+    weights, statistics = train(finished | {"overwrite_output_dir": True, "save_steps": 7})
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-7"]
     assert not (tmp_path / "rsft.delta.safetensors").exists()
     assert (folder / "notes.txt").read_text() == "mine"
-    alone, books_alone = train(finished | {"output_dir": str(tmp_path / "alone"), "save_strategy": "no"})
-    assert same(weights, alone) and books == books_alone
+    alone, statistics_alone = train(finished | {"output_dir": str(tmp_path / "alone"), "save_strategy": "no"})
+    assert same(weights, alone) and statistics == statistics_alone
     assert (base / "model.safetensors").exists()
 
 
 def test_resume_from_checkpoint(finished, tmp_path):
-    weights, books = saved(finished)
+    weights, statistics = saved(finished)
     folder = Path(finished["output_dir"])
     other = finished | {"output_dir": str(tmp_path / "other")}
-    resumed, resumed_books = train(other | {"resume_from_checkpoint": str(folder / "checkpoint-2")})
-    assert same(resumed, weights) and resumed_books == books
+    resumed, resumed_statistics = train(other | {"resume_from_checkpoint": str(folder / "checkpoint-2")})
+    assert same(resumed, weights) and resumed_statistics == statistics
     foreign = other | {"resume_from_checkpoint": str(folder / "checkpoint-2"), "output_dir": str(tmp_path / "third")}
     (tmp_path / "third").mkdir()
     refused(
@@ -323,10 +323,10 @@ def test_resume_from_checkpoint(finished, tmp_path):
     refused(finished | {"resume_from_checkpoint": False, "seed": 1}, "rsft: is of another training")
 
     # Overwriting spares the checkpoint that was asked for.
-    again, again_books = train(
+    again, again_statistics = train(
         finished | {"resume_from_checkpoint": str(folder / "checkpoint-2"), "overwrite_output_dir": True}
     )
-    assert same(again, weights) and again_books == books
+    assert same(again, weights) and again_statistics == statistics
     for anew in (True, False):
         assert same(train(finished | {"resume_from_checkpoint": anew})[0], weights)
 

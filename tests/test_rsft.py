@@ -7,7 +7,7 @@ import torch
 from tiny import make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from mm4ke_plugins.rsft.algorithm import EpochBooks, LossNotFinite, Visit, visit
+from mm4ke_plugins.rsft.algorithm import EpochStatistics, LossNotFinite, Visit, visit
 
 FACTS = ["Who rules Oz? Tark", "Where is Oz? Up", "What is Oz? A box", "Who rules Oz? Tark"]
 
@@ -154,12 +154,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(loss):
     assert error.value.index == 1
 
 
-def test_books_of_an_epoch():
-    books = EpochBooks()
-    books.enter(Visit(0, [0.05], [0.05], already_converged=[True], converged=[True]))
-    books.enter(Visit(3, [2.0, 0.02], [0.09, 0.02], already_converged=[False, True], converged=[True, True]))
-    books.enter(Visit(6, [4.0], [0.44], already_converged=[False], converged=[False]))
-    assert books.summary() == {
+def test_statistics_of_an_epoch():
+    statistics = EpochStatistics()
+    statistics.add(Visit(0, [0.05], [0.05], already_converged=[True], converged=[True]))
+    statistics.add(Visit(3, [2.0, 0.02], [0.09, 0.02], already_converged=[False, True], converged=[True, True]))
+    statistics.add(Visit(6, [4.0], [0.44], already_converged=[False], converged=[False]))
+    assert statistics.summary() == {
         "visits": 4,
         "updates": 9,
         "already_converged": 2,
@@ -167,4 +167,4 @@ def test_books_of_an_epoch():
         "mean_final_loss": pytest.approx(0.15),
         "max_final_loss": 0.44,
     }
-    assert EpochBooks(**books.to_dict()) == books
+    assert EpochStatistics(**statistics.to_dict()) == statistics

@@ -88,8 +88,8 @@ def visit(
 
 
 @dataclass
-class EpochBooks:
-    """The sums over one epoch's visits, of judged losses. JSON-serializable by `asdict`, so that an epoch can be resumed midway.
+class EpochStatistics:
+    """The sums over one epoch's visits, of judged losses; as JSON by `to_dict`, so that an epoch can be resumed midway.
 
     A visit of several samples counts as that many visits; an update of several samples is one update.
     """
@@ -101,7 +101,7 @@ class EpochBooks:
     final_loss_sum: float = 0.0
     max_final_loss: float = 0.0
 
-    def enter(self, visit: Visit) -> None:
+    def add(self, visit: Visit) -> None:
         self.visits += len(visit.final_losses)
         self.updates += visit.updates
         self.already_converged += sum(visit.already_converged)
@@ -110,7 +110,7 @@ class EpochBooks:
         self.max_final_loss = max(self.max_final_loss, *visit.final_losses)
 
     def summary(self) -> dict[str, float]:
-        """The books of a finished epoch: counts, the fraction of visits that ended under tau, judged losses in nats."""
+        """Of a finished epoch: counts, the fraction of visits that ended under tau, judged losses in nats."""
         return {
             "visits": self.visits,
             "updates": self.updates,

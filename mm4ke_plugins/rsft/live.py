@@ -21,7 +21,7 @@ from ..merging.equations import merge
 from ..storage.checkpoint import open_tensors
 from ..storage.names import model_names
 from ..storage.tensors import equal
-from .algorithm import EpochBooks, LossNotFinite
+from .algorithm import EpochStatistics, LossNotFinite
 from .facts import Fact, fact_losses, sample_of
 from .forward import FastForward, active_dropout
 from .layers import ffn_parameter_names
@@ -99,7 +99,7 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fa
             fast = FastForward(model, min(settings.layers), PREFIX_CACHE_MB * 2**20, autocast=mixed)
         visitor = Visitor(fast, loss_threshold=settings.loss_threshold, steps_per_sample=settings.steps_per_sample)
         for _ in range(settings.num_epochs):
-            books = EpochBooks()
+            statistics = EpochStatistics()
             for index, fact in enumerate(facts):
                 try:
                     visit = visitor.visit(
@@ -112,10 +112,10 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fa
                 except LossNotFinite as error:
                     raise FloatingPointError(f"fact {index} (0-based): {error}") from None
                 schedule.step()
-                books.enter(visit)
-                bar.set_postfix(converged=f"{books.converged}/{books.visits}", refresh=False)
+                statistics.add(visit)
+                bar.set_postfix(converged=f"{statistics.converged}/{statistics.visits}", refresh=False)
                 bar.update()
-            if books.updates == 0:
+            if statistics.updates == 0:
                 break
     finally:
         bar.close()

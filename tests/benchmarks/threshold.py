@@ -21,7 +21,7 @@ from llamafactory.data import get_template_and_fix_tokenizer
 from mm4ke_plugins.hosts.llamafactory.facts import own_tokens
 from mm4ke_plugins.knowedit.dataset import read_facts
 from mm4ke_plugins.rsft import live
-from mm4ke_plugins.rsft.algorithm import EpochBooks
+from mm4ke_plugins.rsft.algorithm import EpochStatistics
 from mm4ke_plugins.rsft.layers import ffn_parameter_names
 from mm4ke_plugins.rsft.losses import IGNORED, samples_of
 
@@ -62,14 +62,14 @@ def train(folder: Path, facts, own, answers_count: bool) -> tuple[int, list[floa
         (made,) = samples_of(batch, device, is_own)
         return made
 
-    updates, enter = [], EpochBooks.enter
-    EpochBooks.enter = lambda self, visit: (updates.append(visit.updates), enter(self, visit))[1]
+    updates, add = [], EpochStatistics.add
+    EpochStatistics.add = lambda self, visit: (updates.append(visit.updates), add(self, visit))[1]
     make, live.sample_of = live.sample_of, sample
     try:
         names = ffn_parameter_names(model, [5], ["ffn"])
         live.train_facts(model, names, facts, live.Settings(learning_rate=1e-3))
     finally:
-        live.sample_of, EpochBooks.enter = make, enter
+        live.sample_of, EpochStatistics.add = make, add
     losses = []
     with torch.inference_mode():
         for fact, place in zip(facts, own, strict=True):

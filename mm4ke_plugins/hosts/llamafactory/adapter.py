@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 
 from ...delta.format import load_delta, save_delta
 from ...errors import MM4KEError, report_in_one_line
-from ...rsft.algorithm import EpochBooks, LossNotFinite, Visit
+from ...rsft.algorithm import EpochStatistics, LossNotFinite, Visit
 from ...rsft.forward import FastForward, active_dropout
 from ...rsft.layers import ffn_parameter_names
 from ...rsft.losses import answer_losses, samples_of
@@ -376,54 +376,56 @@ def make_visitor(trainer) -> Visitor:
 
 
 class RsftCallback(TrainerCallback, ExportableState):
-    """Keeps the books of an epoch, writes them to the log and `trainer_state.json`, and ends a finished training.
+    """Keeps the statistics of an epoch, writes them to the log and `trainer_state.json`, and ends a finished training.
 
-    The books are part of every checkpoint, so an epoch that was interrupted is resumed with its sums so far. So is the
-    provenance, by which `Output` knows a training's own checkpoints.
+    The statistics are part of every checkpoint, so an epoch that was interrupted is resumed with its sums so far. So is
+    the provenance, by which `Output` knows a training's own checkpoints.
     """
 
     def __init__(self, trainer, logger):
         self.trainer = trainer
         self.logger = logger
-        self.books = EpochBooks()
+        self.statistics = EpochStatistics()
 
     def state(self) -> dict:
         output = self.trainer.output
         provenance = output and output.provenance.to_dict()
-        return {"args": {}, "attributes": {"books": self.books.to_dict(), "provenance": provenance}}
+        return {"args": {}, "attributes": {"statistics": self.statistics.to_dict(), "provenance": provenance}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.books = EpochBooks(**saved["attributes"]["books"])
+        self.statistics = EpochStatistics(**saved["attributes"]["statistics"])
 
     def on_step_end(self, args, state, control, *, train_dataloader, **kwargs):
-        self.books.enter(self.trainer.visited)
+        self.statistics.add(self.trainer.visited)
         self._show_progress()
         # Not on_epoch_end: a checkpoint at the end of an epoch is saved before that, and must have this epoch's entry.
         if state.global_step % len(train_dataloader) == 0:
-            if self.books.updates == 0:
+            if self.statistics.updates == 0:
                 self.logger.info_rank0(
                     f"R-SFT: epoch {round(state.epoch)} needed no update, every fact's loss is under "
                     f"rsft_loss_threshold: training ends, the rest of {args.num_train_epochs:g} epochs would change "
                     "nothing."
                 )
                 control.should_training_stop = True
-            self._close_books()
+            self._log_statistics()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.books.visits:  # max_steps ended the training within an epoch
-            self._close_books()
+        if self.statistics.visits:  # max_steps ended the training within an epoch
+            self._log_statistics()
 
-    def _close_books(self) -> None:
-        books, self.books = self.books, EpochBooks()
+    def _log_statistics(self) -> None:
+        statistics, self.statistics = self.statistics, EpochStatistics()
         control = self.trainer.control
         should_log = control.should_log
-        self.trainer.log({f"rsft_{key}": value for key, value in books.summary().items()})
+        self.trainer.log({f"rsft_{key}": value for key, value in statistics.summary().items()})
         control.should_log = should_log  # log() clears it, and the step's own loss would not be logged
 
     def _show_progress(self) -> None:
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_postfix(
-                    converged=f"{self.books.converged}/{self.books.visits}", updates=self.books.updates, refresh=False
+                    converged=f"{self.statistics.converged}/{self.statistics.visits}",
+                    updates=self.statistics.updates,
+                    refresh=False,
                 )

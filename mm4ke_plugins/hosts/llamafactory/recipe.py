@@ -175,7 +175,7 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
         (training_args, "deepspeed", None, "R-SFT is sequential and runs in one process"),
         (training_args, "label_smoothing_factor", 0, "the threshold is for the plain cross-entropy"),
         (training_args, "neftune_noise_alpha", None, "the threshold is for the loss without noise"),
-        (training_args, "restore_callback_states_from_checkpoint", False, "R-SFT restores its books by itself"),
+        (training_args, "restore_callback_states_from_checkpoint", False, "R-SFT restores its statistics by itself"),
         (training_args, "ignore_data_skip", False, "a run that is resumed would visit facts again"),
         (finetuning_args, "use_dft_loss", False, "the threshold is for the plain cross-entropy"),
         (finetuning_args, "use_asft_loss", False, "the threshold is for the plain cross-entropy"),
