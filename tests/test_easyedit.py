@@ -20,7 +20,8 @@ from mm4ke_plugins.hosts.easyedit import benchmark as easyedit_benchmark
 from mm4ke_plugins.hosts.easyedit.benchmark import EXTRA_MODULES, benchmark, last_error
 from mm4ke_plugins.hosts.easyedit.worker import Job, read_hparams
 from mm4ke_plugins.rsft.facts import encode_fact
-from mm4ke_plugins.rsft.live import Editor, Settings
+from mm4ke_plugins.rsft.live import Editor
+from mm4ke_plugins.rsft.settings import Settings
 
 RECIPES = ROOT / "recipes" / "easyedit"
 FACTS = [("Who rules Oz?", "Tark"), ("Where is Oz?", "Up")]
@@ -205,16 +206,19 @@ def test_recipes_are_read_by_easyedit(easyeditor, file):
         ("model_name: x", "alg_name: missing; give it"),
         ("{alg_name: FT, model_name: x}", "alg_name: 'FT': these are the settings of MM4KE"),
         ("{alg_name: MM4KE, model_name: x, wieght: 1}", "wieght: unknown key; there are: alg_name, model_name, "),
-        ("{alg_name: MM4KE, model_name: x, layers: [-1]}", r"layers: \[-1\]: give layers, counted from 0"),
+        (
+            "{alg_name: MM4KE, model_name: x, layers: [-1]}",
+            r"layers: \[-1\]: give the index of a layer, counted from 0",
+        ),
         ("{alg_name: MM4KE, model_name: x, num_epochs: 0}", "num_epochs: 0: give a whole number of at least 1"),
         (
             "{alg_name: MM4KE, model_name: x, loss_threshold: .nan}",
-            "loss_threshold: nan: give a finite number above 0",
+            "loss_threshold: nan: give a finite loss above 0",
         ),
-        ("{alg_name: MM4KE, model_name: x, learning_rate: high}", "learning_rate: 'high': give a finite number"),
+        ("{alg_name: MM4KE, model_name: x, learning_rate: high}", "learning_rate: high: give a finite number"),
         ("{alg_name: MM4KE, model_name: x, weight: 0}", "weight: 0: give a finite number other than 0"),
         ("{alg_name: MM4KE, model_name: x, density: 80}", "density: 80: give a share above 0, up to 1"),
-        ("{alg_name: MM4KE, model_name: x, prompt_format: chatty}", "prompt_format: 'chatty': give one of: raw, chat"),
+        ("{alg_name: MM4KE, model_name: x, prompt_format: chatty}", "prompt_format: chatty: give one of: raw, chat"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(easyeditor, tmp_path, text, message):

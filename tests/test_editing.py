@@ -11,7 +11,8 @@ from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.knowedit.metrics import predict
 from mm4ke_plugins.merging.equations import merge
 from mm4ke_plugins.rsft.facts import Fact, encode_fact
-from mm4ke_plugins.rsft.live import Editor, Settings, changed_tensors, train_facts
+from mm4ke_plugins.rsft.live import Editor, changed_tensors, train_facts
+from mm4ke_plugins.rsft.settings import Settings
 
 FACTS = [("Who rules Oz?", "Tark"), ("Where is Oz?", "Up"), ("What is Oz?", "A box")]
 SETTINGS = Settings(layers=(1,), learning_rate=1e-2, loss_threshold=0.2, num_epochs=8, weight=0.8, density=0.8)

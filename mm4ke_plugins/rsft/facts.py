@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import MM4KEError
 from ..knowedit.prompts import Encoded, Question, encode
-from .losses import IGNORED, Sample, losses_of_rows, samples_of
+from .losses import IGNORED, Sample, answer_losses, samples_of
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,25 @@ def encode_fact(tokenizer: PreTrainedTokenizerBase, prompt: str, target_new: str
 
 
 def sample_of(fact: Fact, device: torch.device) -> Sample:
-    ids = torch.tensor([fact.ids])
-    labels = ids.clone()
-    labels[:, : fact.answer_start] = IGNORED
-    own = torch.zeros_like(ids, dtype=torch.bool)
-    own[:, fact.answer_start : fact.answer_stop] = True
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    """The fact as `FastForward` takes it."""
+    batch, own = _batch_of(fact, torch.device("cpu"))
     (sample,) = samples_of(batch, device, own)
     return sample
 
 
 def fact_losses(model: PreTrainedModel, fact: Fact) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of one fact that is trained, with a graph, and the one that is judged: see `losses_of_rows`."""
-    ids = torch.tensor([fact.ids], device=model.device)
-    answer = ids[0, fact.answer_start :]
-    # The token before the answer predicts its first one; the last one predicts nothing that counts.
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[:, :-1]
-    own = torch.arange(len(answer)) < fact.answer_stop - fact.answer_start
-    return losses_of_rows(logits, answer[None], own[None])
+    batch, own = _batch_of(fact, model.device)
+    kept = len(fact.ids) - fact.answer_start + 1  # the answer, and the token before it, which predicts its first one
+    logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=kept).logits
+    return answer_losses(logits, batch["labels"][:, -kept:], own[:, -kept:])
+
+
+def _batch_of(fact: Fact, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A batch of this fact alone, and which of its labels are the answer's own tokens: see `samples_of`."""
+    ids = torch.tensor([fact.ids], device=device)
+    labels = ids.clone()
+    labels[:, : fact.answer_start] = IGNORED
+    own = torch.zeros_like(ids, dtype=torch.bool)
+    own[:, fact.answer_start : fact.answer_stop] = True
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}, own

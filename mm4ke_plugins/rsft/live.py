@@ -25,32 +25,10 @@ from .algorithm import EpochStatistics, LossNotFinite
 from .facts import Fact, fact_losses, sample_of
 from .forward import FastForward, active_dropout
 from .layers import ffn_parameter_names
+from .settings import Settings
 from .visitor import PREFIX_CACHE_MB, Visitor
 
 MAX_GRAD_NORM = 1.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How facts are trained (Algorithm 1) and merged (Equations 5 and 6). The defaults are the paper's.
-
-    layers:           whose FFN is trained, counted from 0
-    modules:          ("ffn",), or parts of the FFN such as "down_proj"
-    steps_per_sample: K, the most updates in one visit of one fact
-    loss_threshold:   tau, in nats per token: of the answer alone, and with its end (`losses.losses_of_rows`)
-    num_epochs:       the most visits of one fact
-    learning_rate:    of the first visit; it falls to 0 over all visits as a cosine
-    weight, density:  of the knowledge delta, as in `merging.equations.merge`
-    """
-
-    layers: tuple[int, ...] = (5,)
-    modules: tuple[str, ...] = ("ffn",)
-    steps_per_sample: int = 6
-    loss_threshold: float = 0.1
-    num_epochs: int = 5
-    learning_rate: float = 5e-4
-    weight: float = 0.8
-    density: float = 0.8
 
 
 def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fact], settings: Settings) -> None:

@@ -12,7 +12,6 @@ What EasyEdit asks of a method: change the model in place, and return it with th
 
 import copy as copy_module
 import functools
-import math
 import weakref
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,7 +26,8 @@ from ...delta.live import LiveDelta
 from ...errors import MM4KEError, first_line, report_in_one_line
 from ...knowedit.prompts import PROMPT_FORMATS
 from ...rsft.facts import encode_fact
-from ...rsft.live import Editor, Settings, changed_tensors
+from ...rsft.live import Editor, changed_tensors
+from ...rsft.settings import Settings, is_count, wrong
 
 METHOD = "MM4KE"
 
@@ -40,7 +40,7 @@ deltas: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Path, dict[str, torch.T
 
 @dataclass
 class MM4KEHyperParams(HyperParams):
-    """EasyEdit's own keys, then either `merged_model` alone or what `rsft.live.Settings` says.
+    """EasyEdit's own keys, then either `merged_model` alone or what `rsft.settings.Settings` says.
 
     merged_model:  folder of a checkpoint into which the requests were edited before, or a knowledge delta; it is
                    copied into the model, and the other keys don't count, but weight and density of an unfinished delta
@@ -69,32 +69,15 @@ class MM4KEHyperParams(HyperParams):
 
     def __post_init__(self) -> None:
         """Raises MM4KEError, which names the key, its value and what would be right."""
-
-        def check(key: str, right: bool, advice: str) -> None:
+        for key, right, advice in (
+            ("alg_name", self.alg_name == METHOD, f"these are the settings of {METHOD}"),
+            ("prompt_format", self.prompt_format in PROMPT_FORMATS, f"give one of: {', '.join(PROMPT_FORMATS)}"),
+            ("batch_size", is_count(self.batch_size), "give a whole number of at least 1"),
+        ):
             if not right:
-                raise MM4KEError(f"{key}: {getattr(self, key)!r}: {advice}")
-
-        def is_number(key: str) -> bool:
-            value = getattr(self, key)
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-        def is_count(value: object, least: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-        for key, part in (("layers", int), ("modules", str)):
-            if isinstance(getattr(self, key), part):
-                setattr(self, key, [getattr(self, key)])
-        check("alg_name", self.alg_name == METHOD, f"these are the settings of {METHOD}")
-        check("prompt_format", self.prompt_format in PROMPT_FORMATS, f"give one of: {', '.join(PROMPT_FORMATS)}")
-        layers, modules = self.layers, self.modules
-        check("layers", bool(layers) and all(is_count(layer, 0) for layer in layers), "give layers, counted from 0")
-        check("modules", bool(modules) and all(isinstance(part, str) for part in modules), "give ffn, or parts of it")
-        for key in ("steps_per_sample", "num_epochs", "batch_size"):
-            check(key, is_count(getattr(self, key), 1), "give a whole number of at least 1")
-        for key in ("loss_threshold", "learning_rate"):
-            check(key, is_number(key) and getattr(self, key) > 0, "give a finite number above 0")
-        check("weight", is_number("weight") and self.weight != 0, "give a finite number other than 0 (default 0.8)")
-        check("density", is_number("density") and 0 < self.density <= 1, "give a share above 0, up to 1 (default 0.8)")
+                raise wrong(key, getattr(self, key), advice)
+        settings = self.settings()
+        self.layers, self.modules = list(settings.layers), list(settings.modules)
 
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str) -> "MM4KEHyperParams":
@@ -130,8 +113,7 @@ class MM4KEHyperParams(HyperParams):
             raise MM4KEError(f"{path}: {error}") from None
 
     def settings(self) -> Settings:
-        values = {entry.name: getattr(self, entry.name) for entry in fields(Settings)}
-        return Settings(**values | {"layers": tuple(self.layers), "modules": tuple(self.modules)})
+        return Settings(**{entry.name: getattr(self, entry.name) for entry in fields(Settings)})
 
 
 def apply_mm4ke_to_model(

@@ -4,7 +4,6 @@ Everything that can be known before the model is loaded is checked here, so that
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MM4KEError, first_line
+from ...rsft.settings import Settings, is_count, wrong
 from ...rsft.visitor import PREFIX_CACHE_MB
 from ...storage.checkpoint import is_safetensors, tensor_files
 
@@ -37,10 +37,11 @@ class RsftArguments:
         metadata={"help": "What R-SFT trains in these layers: ffn, or parts of it such as down_proj, with commas."},
     )
     rsft_steps_per_sample: int = field(
-        default=6, metadata={"help": "K: the most updates that R-SFT makes in one visit of one fact."}
+        default=Settings.steps_per_sample,
+        metadata={"help": "K: the most updates that R-SFT makes in one visit of one fact."},
     )
     rsft_loss_threshold: float = field(
-        default=0.1,
+        default=Settings.loss_threshold,
         metadata={
             "help": "tau: R-SFT leaves a fact whose mean loss per token is under this (nats), both over the answer's "
             "own tokens and over all that are trained, with the end of the turn."
@@ -104,7 +105,10 @@ def _with_values(cls: type, values: dict[str, Any]) -> Any:
 
 
 def recipe_name() -> str:
-    """The recipe as the user wrote it on the command line, for error messages."""
+    """The recipe as the user wrote it on the command line, for error messages.
+
+    LLaMA-Factory takes it from the first word only; a later one may be a value, such as a file of DeepSpeed's.
+    """
     return next((word for word in sys.argv[1:2] if word.endswith((".yaml", ".yml", ".json"))), "command line")
 
 
@@ -129,22 +133,23 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
     """
 
     def refuse(key: str, value: object, right: str) -> None:
-        raise MM4KEError(f"{recipe_name()}: {key}: {value}: {right}")
+        raise MM4KEError(f"{recipe_name()}: {wrong(key, value, right)}")
 
-    finetuning_args.rsft_layers = _layers(finetuning_args.rsft_layers, refuse)
-    finetuning_args.rsft_modules = _modules(finetuning_args.rsft_modules, refuse)
+    shared = ("layers", "modules", "steps_per_sample", "loss_threshold")
+    try:
+        settings = Settings(**{key: getattr(finetuning_args, f"rsft_{key}") for key in shared})
+    except MM4KEError as error:
+        raise MM4KEError(f"{recipe_name()}: rsft_{error}") from None
+    finetuning_args.rsft_layers = list(settings.layers)
+    finetuning_args.rsft_modules = list(settings.modules)
 
     for arguments, key, reason in (
-        (finetuning_args, "rsft_steps_per_sample", "give a whole number of at least 1 (the paper uses 6)"),
         (finetuning_args, "rsft_prefix_cache_mb", "give a whole number of megabytes, at least 1"),
         (training_args, "per_device_train_batch_size", "give a whole number of at least 1, the facts of one visit"),
     ):
         value = getattr(arguments, key)
-        if value is not None and (not _is_integer(value) or value < 1):
+        if value is not None and not is_count(value):
             refuse(key, value, reason)
-    threshold = finetuning_args.rsft_loss_threshold
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < math.inf:
-        refuse("rsft_loss_threshold", threshold, "give a finite loss above 0 (the paper uses 0.1)")
 
     if not (finetuning_args.rsft_save_model or finetuning_args.rsft_save_delta):
         refuse("rsft_save_model", False, "nothing would be saved; set rsft_save_delta: true")
@@ -202,39 +207,6 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
     if training_args.do_train:
         _check_model_folder(model_args.model_name_or_path, refuse)
         _check_datasets(data_args, refuse)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _as_list(value: object) -> list:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",")]
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _layers(value: object, refuse) -> list[int]:
-    right = "give the index of a layer, counted from 0, or a list of them"
-    layers = []
-    for part in _as_list(value):
-        if isinstance(part, str) and part.isdecimal():
-            part = int(part)
-        if not _is_integer(part) or part < 0:
-            refuse("rsft_layers", value, right)
-        layers.append(part)
-    if not layers or len(set(layers)) != len(layers):
-        refuse("rsft_layers", value, f"{right}, each once")
-    return sorted(layers)
-
-
-def _modules(value: object, refuse) -> list[str]:
-    modules = _as_list(value)
-    if not modules or not all(isinstance(part, str) and part for part in modules):
-        refuse("rsft_modules", value, "give ffn, or names of its parts such as down_proj")
-    if len(set(modules)) != len(modules) or ("ffn" in modules and len(modules) > 1):
-        refuse("rsft_modules", value, "name each part once; ffn already is all of them")
-    return modules
 
 
 def _check_model_folder(name: str, refuse) -> None:
