@@ -7,8 +7,7 @@ import torch
 from tiny import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mm4ke_plugins.rsft.forward import FastForward, active_dropout
-from mm4ke_plugins.rsft.frozen_ffn import frozen_ffn
+from mm4ke_plugins.rsft.forward import FastForward, active_dropout, frozen_ffn
 from mm4ke_plugins.rsft.layers import decoder_layers, ffn_parameter_names
 from mm4ke_plugins.rsft.losses import answer_losses, samples_of
 from mm4ke_plugins.rsft.visitor import Visitor

@@ -1,4 +1,4 @@
-"""Facts as tokens, and their losses by the plain model."""
+"""Facts as tokens, as samples, and their losses by the whole model."""
 
 from dataclasses import dataclass
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, get_scheduler
 
 from ..errors import MM4KEError
@@ -25,8 +26,9 @@ from .algorithm import EpochStatistics, LossNotFinite
 from .facts import Fact, fact_losses, sample_of
 from .forward import FastForward, active_dropout
 from .layers import ffn_parameter_names
+from .prefix import PREFIX_CACHE_MB
 from .settings import Settings
-from .visitor import PREFIX_CACHE_MB, Visitor
+from .visitor import Visitor
 
 MAX_GRAD_NORM = 1.0
 
@@ -66,7 +68,11 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fa
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
 
-    bar = tqdm(total=settings.num_epochs * len(facts), desc="R-SFT", unit="visit")
+    columns = TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    # Drawn seldom, since the training has use for every core.
+    progress = Progress(*columns, console=Console(stderr=True), refresh_per_second=2)
+    task = progress.add_task("R-SFT", total=settings.num_epochs * len(facts))
+    progress.start()
     try:
         model.requires_grad_(False)
         for parameter in trained:
@@ -91,12 +97,12 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fa
                     raise FloatingPointError(f"fact {index} (0-based): {error}") from None
                 schedule.step()
                 statistics.add(visit)
-                bar.set_postfix(converged=f"{statistics.converged}/{statistics.visits}", refresh=False)
-                bar.update()
+                converged = f"R-SFT: {statistics.converged} of {statistics.visits} learned"
+                progress.update(task, advance=1, description=converged)
             if statistics.updates == 0:
                 break
     finally:
-        bar.close()
+        progress.stop()
         model.train(was_training)
         for name, parameter in parameters.items():
             parameter.requires_grad_(flags[name])

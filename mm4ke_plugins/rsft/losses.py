@@ -7,7 +7,6 @@ import torch
 
 IGNORED = -100  # the label of a token that is not in the answer
 
-
 # The head runs for a multiple of so many rows: for fewer, libraries take another path with other rounding.
 ROWS = 8
 

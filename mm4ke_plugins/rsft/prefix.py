@@ -17,6 +17,9 @@ import torch
 
 from .layers import decoder_layers
 
+# How much is kept, in megabytes, where nobody says otherwise.
+PREFIX_CACHE_MB = 512
+
 
 @dataclass(frozen=True)
 class Prefix:

@@ -16,9 +16,6 @@ from .losses import Sample
 
 logger = logging.getLogger(__name__)
 
-# Megabytes of prefixes kept, where nobody says otherwise.
-PREFIX_CACHE_MB = 512
-
 
 class Visitor:
     """Visits one batch after the other.

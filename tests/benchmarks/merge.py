@@ -31,8 +31,8 @@ from pathlib import Path
 import click
 import torch
 from rich.console import Console
+from rich.progress import Progress, track
 from rich.table import Table
-from tqdm import tqdm
 from transformers import LlamaConfig
 
 from mm4ke_plugins.storage.checkpoint import (
@@ -99,10 +99,11 @@ def make_models(folder: Path, layers: int) -> None:
     tensors |= {"model.norm.weight": (hidden,)}
     tensors |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (config.vocab_size, hidden))
     generator = torch.Generator().manual_seed(0)
-    bar = tqdm(desc="making the model", total=len(tensors), leave=False)
+    progress = Progress(console=Console(stderr=True), transient=True)
+    task = progress.add_task("making the model", total=len(tensors))
 
     def random(shape: tuple[int, ...]) -> torch.Tensor:
-        bar.update()
+        progress.advance(task)
         return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
 
     for name in ("base", "rsft"):
@@ -111,8 +112,8 @@ def make_models(folder: Path, layers: int) -> None:
         tiny_tokenizer().save_pretrained(folder / name)
     base, rsft = (folder / name / "model.safetensors" for name in ("base", "rsft"))
     new = {name: NewTensor(torch.bfloat16, shape, partial(random, shape)) for name, shape in tensors.items()}
-    write_tensors(base, new, {"format": "pt"})
-    bar.close()
+    with progress:
+        write_tensors(base, new, {"format": "pt"})
 
     def edited(name: str) -> torch.Tensor:
         with open_safetensors(base) as file:
@@ -211,7 +212,11 @@ def main(layers: int, runs: int, stock_runs: int, files: str, cold: bool, folder
                 shard(models / "base")
                 shard(models / "rsft")
             measured: dict[str, list[tuple[float, ...]]] = {"stock": [], "mm4ke": [], "copy": []}
-            for number in tqdm(range(max(runs, stock_runs)), desc="measuring", leave=False):
+            rounds = range(max(runs, stock_runs))
+            # Drawn seldom: the runs that are timed need the cores.
+            for number in track(
+                rounds, "measuring", console=Console(stderr=True), transient=True, refresh_per_second=1
+            ):
                 for method, count in (("stock", stock_runs), ("mm4ke", runs), ("copy", runs)):
                     if number < count:
                         prepare(models, cold)

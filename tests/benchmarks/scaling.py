@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 from training import ROOT, Recipe, Run, machine
 
-from mm4ke_plugins.rsft.visitor import PREFIX_CACHE_MB
+from mm4ke_plugins.rsft.prefix import PREFIX_CACHE_MB
 
 LAYERS = 6
 EPOCHS = 1

@@ -24,6 +24,7 @@ from mm4ke_plugins.rsft import live
 from mm4ke_plugins.rsft.algorithm import EpochStatistics
 from mm4ke_plugins.rsft.layers import ffn_parameter_names
 from mm4ke_plugins.rsft.losses import IGNORED, samples_of
+from mm4ke_plugins.rsft.settings import Settings
 
 
 def encode(folder: Path, template_name: str, records) -> tuple[list[live.Fact], list[slice]]:
@@ -67,7 +68,7 @@ def train(folder: Path, facts, own, answers_count: bool) -> tuple[int, list[floa
     make, live.sample_of = live.sample_of, sample
     try:
         names = ffn_parameter_names(model, [5], ["ffn"])
-        live.train_facts(model, names, facts, live.Settings(learning_rate=1e-3))
+        live.train_facts(model, names, facts, Settings(learning_rate=1e-3))
     finally:
         live.sample_of, EpochStatistics.add = make, add
     losses = []
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=6)
     arguments = parser.parse_args()
     records = read_facts(arguments.facts, arguments.limit)
-    tau = live.Settings.loss_threshold
+    tau = Settings.loss_threshold
     table = Table("template", "tau judges", "updates", "answer's loss, mean", "largest", f"answers at {tau} or more")
     for template in ("smollm2", "qwen3"):
         facts, own = encode(arguments.model, template, records)

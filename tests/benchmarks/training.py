@@ -16,7 +16,8 @@ from mm4ke_plugins.rsft.algorithm import Visit
 from mm4ke_plugins.rsft.forward import FastForward
 from mm4ke_plugins.rsft.layers import ffn_parameter_names
 from mm4ke_plugins.rsft.losses import answer_losses, samples_of
-from mm4ke_plugins.rsft.visitor import PREFIX_CACHE_MB, Visitor
+from mm4ke_plugins.rsft.prefix import PREFIX_CACHE_MB
+from mm4ke_plugins.rsft.visitor import Visitor
 
 ROOT = Path(__file__).parents[2]
 

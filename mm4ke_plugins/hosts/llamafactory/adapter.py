@@ -31,8 +31,9 @@ from ...rsft.algorithm import EpochStatistics, LossNotFinite, Visit
 from ...rsft.forward import FastForward, active_dropout
 from ...rsft.layers import ffn_parameter_names
 from ...rsft.losses import answer_losses, samples_of
+from ...rsft.prefix import PREFIX_CACHE_MB
 from ...rsft.provenance import Provenance, joint_hash, parameter_hashes
-from ...rsft.visitor import PREFIX_CACHE_MB, Visitor
+from ...rsft.visitor import Visitor
 from ...storage.checkpoint import open_safetensors, tensor_files
 from ...storage.names import name_in
 from ...storage.tensors import tensor_sha256

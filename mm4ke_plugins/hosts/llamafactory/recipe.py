@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import MM4KEError, first_line
+from ...rsft.prefix import PREFIX_CACHE_MB
 from ...rsft.settings import Settings, is_count, wrong
-from ...rsft.visitor import PREFIX_CACHE_MB
 from ...storage.checkpoint import is_safetensors, tensor_files
 
 
