@@ -404,7 +404,7 @@ BAD_VALUES = [
     ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 2: with rsft: true it must be 1"),
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: 0: give a whole number of at least 1"),
     ({"per_device_train_batch_size": -2}, "per_device_train_batch_size: -2: give a whole number of at least 1"),
-    ({"rsft_lookahead": 8}, r"Some keys are not used by the HfArgumentParser: \['rsft_lookahead'\]"),
+    ({"rsft_layer": 1}, r"Some keys are not used by the HfArgumentParser: \['rsft_layer'\]"),
     ({"rsft_prefix_cache_mb": 0}, "rsft_prefix_cache_mb: 0: give a whole number of megabytes, at least 1"),
     ({"rsft_prefix_cache_mb": -1}, "rsft_prefix_cache_mb: -1: give a whole number of megabytes, at least 1"),
     ({"rsft_save_model": False}, "rsft_save_model: False: nothing would be saved; set rsft_save_delta: true"),
