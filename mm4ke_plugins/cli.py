@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .errors import MM4KEError, report_in_one_line
+from .errors import MM4KEError, report_in_one_line, require_report_extra
 
 PATH = click.Path(path_type=Path)
 
@@ -190,6 +190,7 @@ def report(runs: tuple[str, ...], output: Path) -> None:
     RUN is a run folder of lm_eval (its --output_path, run with --log_samples) or of `mm4ke easyedit`. NAME=RUN says
     what the model is called; "base" and "merged" have a meaning. Writes report.html and report.md.
     """
+    require_report_extra("mm4ke report", "matplotlib", "scipy", "jinja2")
     from .report.page import report
 
     files, warnings = report(list(runs), output)
@@ -305,6 +306,7 @@ def sweep(weights: str | None, densities: str | None, output: Path, **options) -
     Half of the records decide, the other half confirms. Nothing is trained, merged or loaded again. Writes the table
     (sweep.json, sweep.csv), figures, and merge.yaml with the choice.
     """
+    require_report_extra("mm4ke sweep", "matplotlib")
     from rich.console import Console
 
     from .sweep.choose import DENSITIES, WEIGHTS, sweep
