@@ -36,7 +36,7 @@ from ..storage.checkpoint import (
 )
 from ..storage.names import model_names, read_config, tied_as_before, ties_in, untied
 from ..storage.replacing import RECORD
-from ..storage.tensors import DTYPES, shape_text, tensor_sha256
+from ..storage.tensors import FLOATS, shape_text, tensor_sha256
 from ..storage.threads import in_threads
 from .base import LAYER, check_alike, check_base, merged_tensor, names_for, places_of
 from .format import KnowledgeDelta, is_delta, load_delta, save_delta
@@ -314,7 +314,7 @@ def revert(model: Path, delta: Path, output: Path, link: bool = False) -> None:
             for place in filter(None, (places[name], tied)):
                 if names.is_stored(place):
                     makers.setdefault(names.stored[place], partial(make, name))
-                    dtypes[names.stored[place]] = DTYPES[info.base_dtype]
+                    dtypes[names.stored[place]] = FLOATS[info.base_dtype]
         files = _tying_again(model, head, names.stored[places[head.name]]) if head else KeptFiles()
         if head and not head.stored and head.name in infos:
             make(head.name)  # it goes; whether it was the right one shows here

@@ -7,7 +7,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from .. import __version__
-from ..storage.tensors import DTYPES
+from ..storage.tensors import FLOATS
 
 # The upper ends of the histogram's classes of |difference|; the last class is open.
 MAGNITUDES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -60,7 +60,7 @@ class TensorInfo(Strict):
     @property
     def common_dtype(self) -> torch.dtype:
         """The dtype of which the steps are: both the base's and the edited numbers fit into it."""
-        return torch.promote_types(DTYPES[self.base_dtype], DTYPES[self.edited_dtype])
+        return torch.promote_types(FLOATS[self.base_dtype], FLOATS[self.edited_dtype])
 
 
 class Applied(Strict):

@@ -49,13 +49,9 @@ from ..knowedit.prompts import prompt_formats
 from ..merging.choice import choose
 from ..storage.atomic import scratch_folder
 from ..storage.models import load_model, load_tokenizer, require_model_folder, require_same_vocabulary
-from ..storage.tensors import DTYPES
+from ..storage.tensors import FLOATS
 from .measure import Bench
-from .points import DEFAULT, HALVES, RSFT, Point, Row, title
-
-WEIGHTS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
-DENSITIES = (0.2, 0.4, 0.6, 0.8, 1.0)
-KEEP = 0.97
+from .points import DEFAULT, DENSITIES, HALVES, KEEP, RSFT, WEIGHTS, Point, Row, title
 
 GIVE_UP_AFTER = 2
 
@@ -110,7 +106,7 @@ def sweep(
 
     with scratch_folder() as aside:
         delta = _delta(base, tokenizer, edited, aside)
-        dtype = DTYPES[next(iter(delta.manifest.tensors.values())).base_dtype]
+        dtype = FLOATS[next(iter(delta.manifest.tensors.values())).base_dtype]
         model = load_model(base, dtype, "cuda" if torch.cuda.is_available() else "cpu")
         live = LiveDelta(model, delta)
     text = neutral_text()

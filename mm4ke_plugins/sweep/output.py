@@ -27,8 +27,7 @@ from ..knowedit.metrics import METRICS
 from ..report.figures import MARKERS
 from ..storage.atomic import refused_in_one_line, written_aside
 from ..storage.replacing import refuse_to_replace, users_files
-from .choose import DEFAULT
-from .points import HALVES, Point, title
+from .points import DEFAULT, HALVES, Point, title
 
 MEASURES = (*METRICS, "kl", "perplexity")
 TITLES = {"kl": "KL from base (nats)"} | {name: name.replace("_", " ") for name in (*METRICS, "perplexity")}

@@ -6,6 +6,11 @@ from typing import Any
 
 from ..merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
 
+# What is tried where nothing else is said, and the share of R-SFT's edit success that has to stay.
+WEIGHTS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
+DENSITIES = (0.2, 0.4, 0.6, 0.8, 1.0)
+KEEP = 0.97
+
 HALVES = ("choice", "confirmation")  # the records with an even and an odd index
 
 
@@ -34,7 +39,7 @@ RSFT, DEFAULT = Point(1.0, 1.0), Point(DEFAULT_WEIGHT, DEFAULT_DENSITY)
 class Row:
     """What was measured of a point.
 
-    in_grid:    whether it may be picked at all; R-SFT and 0.8/0.8 are measured wherever the grid is
+    in_grid:    whether it may be picked at all; RSFT and DEFAULT are measured wherever the grid is
     state:      "scored", "hopeless" (only edit success was asked) or "skipped"
     scores:     by half, then by metric, 0 to 1; None where no record has such probes
     locality_by_record: of the records with such probes, on the half that decides

@@ -26,6 +26,7 @@ from ...delta.format import load_delta
 from ...delta.live import LiveDelta
 from ...errors import MM4KEError, first_line, report_in_one_line
 from ...knowedit.prompts import PROMPT_FORMATS
+from ...merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
 from ...rsft.facts import encode_fact
 from ...rsft.live import Editor, Settings, changed_tensors
 
@@ -64,8 +65,8 @@ class MM4KEHyperParams(HyperParams):
     loss_threshold: float = Settings.loss_threshold
     num_epochs: int = Settings.num_epochs
     learning_rate: float = Settings.learning_rate
-    weight: float = Settings.weight
-    density: float = Settings.density
+    weight: float = DEFAULT_WEIGHT
+    density: float = DEFAULT_DENSITY
 
     def __post_init__(self) -> None:
         """Raises MM4KEError, which names the key, its value and what would be right."""
@@ -93,8 +94,10 @@ class MM4KEHyperParams(HyperParams):
             check(key, is_count(getattr(self, key), 1), "give a whole number of at least 1")
         for key in ("loss_threshold", "learning_rate"):
             check(key, is_number(key) and getattr(self, key) > 0, "give a finite number above 0")
-        check("weight", is_number("weight") and self.weight != 0, "give a finite number other than 0 (default 0.8)")
-        check("density", is_number("density") and 0 < self.density <= 1, "give a share above 0, up to 1 (default 0.8)")
+        advice = f"give a finite number other than 0 (default {DEFAULT_WEIGHT})"
+        check("weight", is_number("weight") and self.weight != 0, advice)
+        advice = f"give a share above 0, up to 1 (default {DEFAULT_DENSITY})"
+        check("density", is_number("density") and 0 < self.density <= 1, advice)
 
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str) -> "MM4KEHyperParams":

@@ -45,8 +45,8 @@ UNKEYED = ("batch_size", "max_batch_size", "device")
 class MM4KELM(HFLM):
     """`hf` with an optional `reference`, the folder of the model before editing, and an optional `knowledge_delta`.
 
-    The delta is a file that is put on `pretrained`, its base, with `weight` and `density` (by default 0.8 and 0.8, or
-    a finished delta as it is). The base is then the reference, unless another one is given.
+    The delta is a file that is put on `pretrained`, its base, with `weight` and `density` (by default
+    those of `merging.choice.choose`). The base is then the reference, unless another one is given.
 
     Responses to KnowEdit's probes are `Response` and `Text`, which carry the predictions of both models.
 

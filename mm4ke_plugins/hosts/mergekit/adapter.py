@@ -30,6 +30,7 @@ from mergekit.merge_methods.base import (
 from pydantic import Field
 
 from ...errors import report_in_one_line
+from ...merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
 from ...merging.equations import merge
 from ...storage.atomic import refused_in_one_line, written_aside
 from ...storage.replacing import note_files
@@ -54,8 +55,8 @@ class KnowledgeMerge(MergeMethod):
         pretty_name="MM4KE (Model Merging for Knowledge Editing)",
         reference_url="https://arxiv.org/abs/2506.12384",
         parameters=(
-            ParameterSpec("weight", Weight, ParameterScope.NON_BASE, default=0.8),
-            ParameterSpec("density", Density, ParameterScope.NON_BASE, default=0.8),
+            ParameterSpec("weight", Weight, ParameterScope.NON_BASE, default=DEFAULT_WEIGHT),
+            ParameterSpec("density", Density, ParameterScope.NON_BASE, default=DEFAULT_DENSITY),
         ),
         contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
         # An output head that only the base stores is the base's.
