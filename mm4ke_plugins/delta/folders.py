@@ -1,4 +1,4 @@
-"""Knowledge deltas and model folders: extract, apply, revert, show, diff (`mm4ke delta`).
+"""Knowledge deltas and model folders: extract, apply, revert (`mm4ke delta`).
 
 A new folder is a copy of the old one in which only the changed tensors were computed: all other bytes go from file to
 file by the kernel. It is written aside and renamed when it is complete.
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..errors import MM4KEError, first_line
 from ..merging.choice import choose
-from ..storage.atomic import refused_in_one_line, written_aside
+from ..storage.atomic import refused_in_one_line, replaced_folder
 from ..storage.checkpoint import (
     INDEX,
     NewTensor,
@@ -449,7 +449,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     if os.path.ismount(output):
         raise MM4KEError(f"{output}: is a mount point, which can't be replaced in one step; give a folder in it")
     try:
-        with written_aside(output.resolve(), replace=False) as folder:
+        with replaced_folder(output.resolve(), overwrite=False) as folder:
             folder.mkdir()
             yield folder
     except OSError as error:

@@ -1,4 +1,8 @@
-"""What a knowledge delta's file says of itself: the manifest in its metadata, checked entry by entry."""
+"""What a knowledge delta's file says of itself: the manifest, JSON in the file's metadata.
+
+A delta may come from a stranger, so every entry is checked when it is read: unknown keys, numbers out of
+range, text that would steer a terminal.
+"""
 
 import math
 from typing import Annotated, Any, Literal
@@ -29,6 +33,8 @@ Scalar = bool | int | Annotated[float, Field(allow_inf_nan=False)] | Line | None
 
 
 class Strict(BaseModel):
+    """A part of the manifest. Nothing is converted, and nothing is there that isn't declared."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
@@ -55,6 +61,7 @@ class TensorInfo(Strict):
 
     @property
     def numel(self) -> int:
+        """How many entries the tensor has, kept or not."""
         return math.prod(self.shape)
 
     @property

@@ -1,4 +1,7 @@
-"""What one asks of tensors as they are stored: equal, finite, their bits, hash, dtype and shape."""
+"""What one asks of a tensor: is it equal to another, is it finite, what are its bits, its hash, its dtype's name.
+
+On whatever device the tensor is, and a piece at a time where that spares a copy of a large one.
+"""
 
 import hashlib
 import math
@@ -83,8 +86,10 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """As torch and config.json call it, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def shape_text(shape: Sequence[int]) -> str:
+    """A shape as messages show it, such as "576x1536"."""
     return "x".join(map(str, shape)) or "a single number"

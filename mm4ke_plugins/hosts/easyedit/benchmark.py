@@ -32,7 +32,7 @@ from ...knowedit.metrics import METRICS, mean_scores, predict, question_scores, 
 from ...knowedit.prompts import Encoded, Question, encode, prompt_formats
 from ...knowedit.records import Record, read_records
 from ...report.markdown import markdown_table
-from ...storage.atomic import alone_in, refused_in_one_line, replace_text, scratch_folder
+from ...storage.atomic import locked_folder, refused_in_one_line, replace_text, scratch_folder
 from ...storage.models import load_model, load_tokenizer, require_model_folder
 from .worker import Job
 
@@ -106,7 +106,7 @@ def benchmark(
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     results = []
     progress = Progress(*columns, console=Console(stderr=True))
-    with refused_in_one_line(output), alone_in(output, wait=False), progress:
+    with refused_in_one_line(output), locked_folder(output, wait=False), progress:
         task = progress.add_task("base: asking", total=len(questions))
         codes = [encode(tokenizer, question, prompt_format) for question in questions]
         base = predict_base(model, codes, lambda count: progress.advance(task, count))

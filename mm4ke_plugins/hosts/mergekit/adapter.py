@@ -32,7 +32,7 @@ from pydantic import Field
 from ...errors import report_in_one_line
 from ...merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
 from ...merging.equations import merge
-from ...storage.atomic import refused_in_one_line, written_aside
+from ...storage.atomic import refused_in_one_line, replaced_folder
 from ...storage.replacing import note_files
 from .. import MERGEKIT
 from .output import check_output
@@ -162,7 +162,7 @@ def replace_run_merge(module) -> None:
         with models_as_they_are(), deltas_as_models(merge_config, options) as (config, names):
             check_models(config, options)
             heads = Heads(config)
-            with refused_in_one_line(Path(out_path)), written_aside(Path(out_path).resolve()) as folder, own_parts():
+            with refused_in_one_line(Path(out_path)), replaced_folder(Path(out_path).resolve()) as folder, own_parts():
                 run_merge(round_at_the_end(config), str(folder), options, config_source)
                 if options.unsafe_truncate_embeddings:
                     write_vocabulary_size(folder, config, options)
