@@ -16,6 +16,7 @@ import math
 import weakref
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ def copy_delta(model: torch.nn.Module, path: Path, hparams: MM4KEHyperParams) ->
     return before
 
 
-def register(module: Any) -> None:
+def register(module: ModuleType) -> None:
     """Called once for each seam, right after EasyEdit has executed it."""
     {
         "easyeditor.util.alg_dict": register_method,
@@ -202,12 +203,12 @@ def register(module: Any) -> None:
     }[module.__name__](module)
 
 
-def register_method(alg_dict: Any) -> None:
+def register_method(alg_dict: ModuleType) -> None:
     alg_dict.ALG_DICT[METHOD] = apply_mm4ke_to_model
     alg_dict.MM4KEHyperParams = MM4KEHyperParams
 
 
-def allow_batches(batch_editor: Any) -> None:
+def allow_batches(batch_editor: ModuleType) -> None:
     is_batchable_method = batch_editor.BatchEditor.is_batchable_method
 
     @functools.wraps(is_batchable_method)

@@ -1,6 +1,6 @@
 """MM4KE beside EasyEdit's own methods: the same records, the same model, the same metrics.
 
-Every method gets a process of its own (`easyedit_worker`) and a fresh base model, so that none can harm the next. The
+Every method gets a process of its own (`worker.py`) and a fresh base model, so that none can harm the next. The
 final model, after all edits, is asked everything: whether the first edits survived the later ones is part of the
 score. EasyEdit's own numbers are taken right after each edit, and don't show that.
 """
