@@ -88,11 +88,11 @@ $(BIN)/.hosts: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 		|| { echo "$(PYTHON) is older than Python 3.11; give a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	pip install --editable ".[hosts]"
+	pip install --editable ".[hosts,report]"
 	@touch $@
 
 $(BIN)/.test: $(BIN)/.hosts
-	pip install --editable ".[hosts,test]"
+	pip install --editable ".[hosts,report,test]"
 	@touch $@
 
 clean:

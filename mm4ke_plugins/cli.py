@@ -4,14 +4,22 @@ The imports are inside the subcommands so that `mm4ke --help` and `mm4ke facts` 
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
 from . import __version__
-from .errors import MM4KEError, report_in_one_line
+from .errors import MM4KEError, report_in_one_line, require_report_extra
+from .merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
+from .sweep.points import DENSITIES, KEEP, WEIGHTS
 
 PATH = click.Path(path_type=Path)
+FOR_EACH = "Once, or once for each DELTA.  [default: {}]"
+
+
+def _listed(numbers: Iterable[float]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -190,6 +198,7 @@ def report(runs: tuple[str, ...], output: Path) -> None:
     RUN is a run folder of lm_eval (its --output_path, run with --log_samples) or of `mm4ke easyedit`. NAME=RUN says
     what the model is called; "base" and "merged" have a meaning. Writes report.html and report.md.
     """
+    require_report_extra("mm4ke report", "matplotlib", "scipy", "jinja2")
     from .report.page import report
 
     files, warnings = report(list(runs), output)
@@ -207,15 +216,17 @@ def delta() -> None:
 @click.argument("base", type=PATH)
 @click.argument("edited", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="Such as facts.delta.safetensors.")
-@click.option("--weight", type=float, help="Make a finished delta with this weight (default 0.8 beside --density).")
-@click.option("--density", type=float, help="The same with this density (default 0.8 beside --weight).")
+@click.option(
+    "--weight", type=float, help=f"Make a finished delta with this weight ({DEFAULT_WEIGHT} beside --density)."
+)
+@click.option("--density", type=float, help=f"The same with this density ({DEFAULT_DENSITY} beside --weight).")
 @click.option("--recipe", type=PATH, metavar="FILE", help="The recipe of the training, to note its settings.")
 def extract(base: Path, edited: Path, output: Path, weight: float | None, density: float | None, recipe: Path) -> None:
     """Write what differs between the model folders BASE and EDITED as a knowledge delta.
 
     Without --weight and --density they are chosen when the delta is applied. With them it is finished, and smaller:
-    R-SFT's model with --weight 0.8 --density 0.8 gives the delta of the merged model. --weight 1 --density 1 takes
-    EDITED as it is: say this of a model that was merged before.
+    R-SFT's model with the --weight and --density of a merge gives the delta of the merged model. --weight 1
+    --density 1 takes EDITED as it is: say this of a model that was merged before.
     """
     from .delta.folders import extract
 
@@ -228,8 +239,8 @@ def extract(base: Path, edited: Path, output: Path, weight: float | None, densit
 @click.argument("base", type=PATH)
 @click.argument("deltas", metavar="DELTA...", type=PATH, nargs=-1, required=True)
 @click.option("-o", "--output", type=PATH, required=True, metavar="DIR", help="Folder of the new model.")
-@click.option("--weight", "weights", type=float, multiple=True, help="Once, or once for each DELTA.")
-@click.option("--density", "densities", type=float, multiple=True, help="Once, or once for each DELTA.")
+@click.option("--weight", "weights", type=float, multiple=True, help=FOR_EACH.format(DEFAULT_WEIGHT))
+@click.option("--density", "densities", type=float, multiple=True, help=FOR_EACH.format(DEFAULT_DENSITY))
 @click.option("--link", is_flag=True, help="Hard-link files of weights that stay as they are.")
 def apply(
     base: Path,
@@ -241,8 +252,8 @@ def apply(
 ) -> None:
     """Write a model folder: BASE with one or several deltas, bit for bit as `mergekit-yaml` would merge it.
 
-    By default an unfinished delta has weight 0.8 and density 0.8, as in recipes/merge.yaml, and a finished one is
-    taken as it is.
+    By default an unfinished delta has the weight and the density of recipes/merge.yaml, and a finished one is taken as
+    it is.
     """
     from .delta.folders import apply
 
@@ -292,9 +303,9 @@ def diff_deltas(first: Path, second: Path, base: Path | None) -> None:
 @click.option("--edited", type=PATH, required=True, metavar="PATH", help="R-SFT's model, or an unfinished delta.")
 @click.option("--facts", type=PATH, required=True, metavar="FILE", help="The facts, as `mm4ke facts` reads them.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N records.")
-@click.option("--keep", type=float, default=0.97, show_default=True, help="Share of R-SFT's edit success to keep.")
-@click.option("--weights", metavar="NUMBERS", help="With commas.  [default: 0.2,0.4,0.6,0.7,0.8,0.9,1]")
-@click.option("--densities", metavar="NUMBERS", help="With commas.  [default: 0.2,0.4,0.6,0.8,1]")
+@click.option("--keep", type=float, default=KEEP, show_default=True, help="Share of R-SFT's edit success to keep.")
+@click.option("--weights", metavar="NUMBERS", help=f"With commas.  [default: {_listed(WEIGHTS)}]")
+@click.option("--densities", metavar="NUMBERS", help=f"With commas.  [default: {_listed(DENSITIES)}]")
 @click.option("--prompt-format", type=click.Choice(["raw", "chat"]), help="[default: chat, if there is a template]")
 @click.option("--early-stop/--no-early-stop", default=True, help="Leave out what can't be picked.  [default: yes]")
 @click.option("--per-layer/--common", default=True, help="Choose for each edited layer.  [default: per layer]")
@@ -305,9 +316,10 @@ def sweep(weights: str | None, densities: str | None, output: Path, **options) -
     Half of the records decide, the other half confirms. Nothing is trained, merged or loaded again. Writes the table
     (sweep.json, sweep.csv), figures, and merge.yaml with the choice.
     """
+    require_report_extra("mm4ke sweep", "matplotlib")
     from rich.console import Console
 
-    from .sweep.choose import DENSITIES, WEIGHTS, sweep
+    from .sweep.choose import sweep
     from .sweep.output import apply_command, check_output, show, write
 
     grid = {

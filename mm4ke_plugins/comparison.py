@@ -34,7 +34,7 @@ from .knowedit.metrics import (
 )
 from .knowedit.prompts import encode, prompt_formats
 from .report.markdown import markdown_table
-from .storage.atomic import alone_in, refused_in_one_line, replace_text
+from .storage.atomic import locked_folder, refused_in_one_line, replace_text
 from .storage.checkpoint import open_tensors
 from .storage.models import load_model, load_tokenizer, require_model_folder, require_same_vocabulary
 from .storage.names import model_names
@@ -229,7 +229,7 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     lines += ["", f"# {_scores_title(result)}", ""]
     lines += markdown_table(["", *TITLES.values()], [row for rows in _score_sections(result) for row in rows])
     lines += ["", *(f"- {line}" for line in _changes(result)), ""]
-    with refused_in_one_line(folder), alone_in(folder):
+    with refused_in_one_line(folder), locked_folder(folder):
         replace_text(folder / "comparison.md", "\n".join(lines))
         replace_text(folder / "comparison.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 

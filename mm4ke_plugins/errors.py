@@ -6,6 +6,7 @@ The message is one line that names the file, the key, the value found and what w
 """
 
 import sys
+from importlib.util import find_spec
 from types import TracebackType
 
 from tqdm import tqdm
@@ -13,6 +14,13 @@ from tqdm import tqdm
 
 class MM4KEError(ValueError):
     """A mistake in the user's input. `str(error)` is the one line that the user sees."""
+
+
+def require_report_extra(feature: str, *modules: str) -> None:
+    """Refuse a feature that imports what only the extra "report" installs. Raises MM4KEError where one is missing."""
+    for module in modules:
+        if find_spec(module) is None:
+            raise MM4KEError(f'{feature} needs {module}; pip install "mm4ke-plugins[report]"')
 
 
 def first_line(error: Exception) -> str:

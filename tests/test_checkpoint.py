@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.storage import checkpoint
 from mm4ke_plugins.storage.checkpoint import (
-    DTYPES,
     NewTensor,
     StoredTensor,
     equal_and_finite,
@@ -26,6 +25,7 @@ from mm4ke_plugins.storage.checkpoint import (
     tensor_files,
     write_tensors,
 )
+from mm4ke_plugins.storage.tensors import DTYPES
 
 
 def some_tensors(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ import torch
 
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.merging.equations import merge
-from mm4ke_plugins.merging.top_p import top_p_mask
+from mm4ke_plugins.merging.top_p import top_p_by_sorting, top_p_mask
 from mm4ke_plugins.storage.tensors import CHUNK
 
 
@@ -97,6 +97,47 @@ def test_mask_of_entries_of_which_a_sample_misleads(values, density):
     """The sample is every 64th entry. Several chunks, the last of which is shorter."""
     delta = values(torch.arange(3 * CHUNK + 1000)).float().view(-1, 1)
     assert torch.equal(top_p_mask(delta, density), reference_mask(delta, density))
+
+
+def random_delta(seed: int) -> torch.Tensor:
+    """Of a random dtype, shape, scale and share of zeros; with many ties, signed zeros and denormals among them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one_of(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    shape = one_of((1, 1), (1, 7), (64, 3), (40, 97), (3, 50, 11), (0, 4), (CHUNK // 500 + 1, 511))
+    values = torch.randn(shape, generator=generator)
+    if steps := one_of(0, 0, 1, 4, 100):
+        values = (values * steps).round() / steps  # rounded to zero, they keep their signs
+    values *= one_of(1.0, 1e-3, 1e-39, 3e-45, 1e30)
+    values *= torch.rand(shape, generator=generator) < one_of(1.0, 0.5, 0.01)
+    values = values.to(one_of(torch.float32, torch.bfloat16, torch.float16)).nan_to_num()
+    return values.mT if one_of(False, True) else values
+
+
+@pytest.mark.parametrize("seed", range(0, 1000, 50))
+def test_mask_is_that_of_the_specification(seed):
+    for number in range(seed, seed + 50):
+        delta = random_delta(number)
+        for density in (number % 101 / 100, 0.8, 1e-3):
+            assert torch.equal(top_p_mask(delta, density), top_p_by_sorting(delta, density)), (number, density)
+
+
+def test_the_random_deltas_are_of_all_kinds():
+    """Without this the test above might not test what it says."""
+    deltas = [random_delta(number) for number in range(100)]
+    assert {delta.dtype for delta in deltas} == {torch.float32, torch.bfloat16, torch.float16}
+    tiny = torch.finfo(torch.float32).tiny
+    kinds = {
+        "ties": lambda delta: len(delta.abs().unique()) < delta.numel() / 2,
+        "denormal": lambda delta: ((delta.float().abs() < tiny) & (delta != 0)).any(),
+        "negative zero": lambda delta: ((delta == 0) & delta.signbit()).any(),
+        "no entry": lambda delta: not delta.numel(),
+        "not contiguous": lambda delta: not delta.is_contiguous(),
+        "several pieces": lambda delta: delta.numel() > CHUNK,
+    }
+    assert not [kind for kind, is_of_kind in kinds.items() if sum(bool(is_of_kind(delta)) for delta in deltas) < 3]
 
 
 def test_half_an_entry_is_rounded_to_the_even_number():

@@ -17,23 +17,23 @@ from mm4ke_plugins.storage.atomic import (
     EARLIER,
     MARKER,
     SECONDS_UNTOUCHED,
-    alone_in,
+    locked_folder,
     refused_in_one_line,
     removed_when_ended,
     replace_text,
     replaced_file,
-    written_aside,
+    replaced_folder,
 )
 
 # Says that it is writing, and waits for as long as it may live.
 WRITER = """
 import signal, sys, time
 from pathlib import Path
-from mm4ke_plugins.storage.atomic import replaced_file, written_aside
+from mm4ke_plugins.storage.atomic import replaced_file, replaced_folder
 
 {before}
 with {writer}(Path(sys.argv[1])) as place:
-    if "{writer}" == "written_aside":
+    if "{writer}" == "replaced_folder":
         place.mkdir()
         place = place / "model"
     place.write_text("half")
@@ -41,7 +41,7 @@ with {writer}(Path(sys.argv[1])) as place:
     {inside}
 print("written", flush=True)
 """
-WRITERS = ["written_aside", "replaced_file"]
+WRITERS = ["replaced_folder", "replaced_file"]
 
 
 def start(target: Path, writer: str, before: str = "", inside: str = "time.sleep(60)") -> subprocess.Popen:
@@ -61,7 +61,7 @@ def write(target: Path, writer: str, text: str = "whole") -> None:
     if writer == "replaced_file":
         replace_text(target, text)
         return
-    with written_aside(target) as folder:
+    with replaced_folder(target) as folder:
         folder.mkdir()
         (folder / "model").write_text(text)
 
@@ -95,28 +95,28 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, writer):
 
 def test_a_program_that_handles_or_ignores_a_signal_goes_on_doing_so(tmp_path):
     own = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
-    assert end(start(tmp_path / "out", "written_aside", own), signal.SIGTERM) == 7
+    assert end(start(tmp_path / "out", "replaced_folder", own), signal.SIGTERM) == 7
     assert names(tmp_path) == []
     ignored = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"  # as nohup does
-    assert end(start(tmp_path / "out", "written_aside", ignored, "time.sleep(1)"), signal.SIGHUP) == 0
+    assert end(start(tmp_path / "out", "replaced_folder", ignored, "time.sleep(1)"), signal.SIGHUP) == 0
     assert names(tmp_path) == ["out"]
 
 
 def test_handlers_are_those_of_before_and_only_the_outermost_ends_the_process(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    with removed_when_ended(), written_aside(tmp_path / "out") as folder:
+    with removed_when_ended(), replaced_folder(tmp_path / "out") as folder:
         handler = signal.getsignal(signal.SIGTERM)
-        write(folder, "written_aside")
+        write(folder, "replaced_folder")
         assert signal.getsignal(signal.SIGTERM) is handler != signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     inside = "with replaced_file(place.with_name('part')) as part: part.touch(); time.sleep(60)"
-    assert end(start(tmp_path / "nested", "written_aside", inside=inside), signal.SIGTERM) == -signal.SIGTERM
+    assert end(start(tmp_path / "nested", "replaced_folder", inside=inside), signal.SIGTERM) == -signal.SIGTERM
     assert names(tmp_path) == ["out"]
 
 
 def test_in_another_thread(tmp_path):
     """Only the main thread may set handlers."""
-    thread = threading.Thread(target=write, args=(tmp_path / "out", "written_aside"))
+    thread = threading.Thread(target=write, args=(tmp_path / "out", "replaced_folder"))
     thread.start()
     thread.join()
     assert names(tmp_path) == ["out"]
@@ -126,7 +126,9 @@ def test_in_another_thread(tmp_path):
 def test_an_exception_leaves_nothing(tmp_path, writer):
     with (
         pytest.raises(RuntimeError),
-        {"written_aside": written_aside, "replaced_file": replaced_file}[writer](tmp_path / "deep" / "out") as place,
+        {"replaced_folder": replaced_folder, "replaced_file": replaced_file}[writer](
+            tmp_path / "deep" / "out"
+        ) as place,
     ):
         place.touch()
         raise RuntimeError
@@ -169,7 +171,7 @@ def test_what_only_looks_like_a_leftover_stays(tmp_path):
     (tmp_path / ".out.mm4ke-00000000" / MARKER).write_text("[]")
     left_over(tmp_path / "out.2", name="out")
     before = names(tmp_path)
-    write(out, "written_aside")
+    write(out, "replaced_folder")
     assert names(tmp_path) == sorted([*before, "out"])
     assert sum(len(files) for _, _, files in os.walk(tmp_path)) == 10
 
@@ -181,7 +183,7 @@ def test_what_another_machine_left_is_removed_after_a_day(tmp_path, days):
     then = time.time() - days * SECONDS_UNTOUCHED
     for path in folder.iterdir():
         os.utime(path, (then, then))
-    write(tmp_path / "out", "written_aside")
+    write(tmp_path / "out", "replaced_folder")
     assert folder.exists() is (days == 0)
 
 
@@ -202,10 +204,10 @@ def test_two_writers_of_one_target_both_succeed(tmp_path, writer):
 MANY = """
 import sys
 from pathlib import Path
-from mm4ke_plugins.storage.atomic import written_aside
+from mm4ke_plugins.storage.atomic import replaced_folder
 
 for number in range(100):
-    with written_aside(Path(sys.argv[1])) as folder:
+    with replaced_folder(Path(sys.argv[1])) as folder:
         folder.mkdir()
         for name in "abc":
             (folder / name).write_text(f"{sys.argv[2]} {number}")
@@ -221,21 +223,21 @@ def test_many_writers_make_no_mix(tmp_path):
 
 
 def test_where_nothing_may_be_replaced_the_second_writer_is_refused(tmp_path):
-    with pytest.raises(OSError, match="not empty"), written_aside(tmp_path / "out", replace=False) as second:
-        write(second, "written_aside", "second")
-        with written_aside(tmp_path / "out", replace=False) as first:
-            write(first, "written_aside", "first")
+    with pytest.raises(OSError, match="not empty"), replaced_folder(tmp_path / "out", overwrite=False) as second:
+        write(second, "replaced_folder", "second")
+        with replaced_folder(tmp_path / "out", overwrite=False) as first:
+            write(first, "replaced_folder", "first")
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "model").read_text() == "first"
 
 
-def test_alone_in_a_folder(tmp_path):
+def test_locked_folder(tmp_path):
     out, message = tmp_path / "out", "^.*/out: another run is writing there"
-    with alone_in(out), pytest.raises(MM4KEError, match=message), alone_in(out, wait=False):
+    with locked_folder(out), pytest.raises(MM4KEError, match=message), locked_folder(out, wait=False):
         pass
-    with alone_in(out, wait=False):
+    with locked_folder(out, wait=False):
         (out / "file").touch()
     assert names(out) == ["file"]
-    with alone_in(tmp_path / "deep" / "out"):
+    with locked_folder(tmp_path / "deep" / "out"):
         pass
     assert names(tmp_path) == ["out"]  # nothing was written to the other
 
@@ -262,11 +264,11 @@ def test_what_the_system_says_is_one_line(tmp_path):
     target = tmp_path / "file" / "out"
     message = f"^{target}: can't be written: {tmp_path}/file: File exists; give another place$"
     with pytest.raises(MM4KEError, match=message), refused_in_one_line(target):
-        write(target, "written_aside")
+        write(target, "replaced_folder")
     source = tmp_path / "source"
     message = f"^{tmp_path}/out: can't be written: {source}: No such file or directory; give another place$"
     out = tmp_path / "out"
-    with pytest.raises(MM4KEError, match=message), refused_in_one_line(out), written_aside(out):
+    with pytest.raises(MM4KEError, match=message), refused_in_one_line(out), replaced_folder(out):
         source.read_text()
     with pytest.raises(OSError, match="^no answer$"), refused_in_one_line(target):
         raise OSError("no answer")  # a library's: not about the target

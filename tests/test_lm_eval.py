@@ -38,6 +38,7 @@ from mm4ke_plugins.knowedit.metrics import (
 )
 from mm4ke_plugins.knowedit.prompts import encode
 from mm4ke_plugins.knowedit.records import read_records
+from mm4ke_plugins.knowedit.tasks import generate
 from mm4ke_plugins.knowedit.tasks.utils import AXES, documents
 
 FORCED = ["edit_success", "generalization", *(f"{metric}_{axis.lower()}" for metric in AXES for axis in AXES[metric])]
@@ -99,6 +100,15 @@ def results(folder: Path) -> dict:
 
 
 # ---- the tasks ----
+
+
+def test_the_task_files_are_what_the_generator_writes(tmp_path):
+    (tmp_path / "knowedit_of_old.yaml").touch()
+    generate.write(tmp_path)
+    written, found = (
+        {path.name: path.read_bytes() for path in folder.glob("[!_]*.yaml")} for folder in (tmp_path, TASK_FOLDERS[0])
+    )
+    assert found == written, "run python -m mm4ke_plugins.knowedit.tasks.generate"
 
 
 def test_a_program_finds_tasks_and_model_without_a_flag():

@@ -462,7 +462,7 @@ def test_output_is_an_empty_folder_or_one_to_be_made(models, tmp_path):
 
 
 def test_an_interrupted_merge_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), adapter.written_aside(tmp_path / "out") as folder:
+    with pytest.raises(KeyboardInterrupt), adapter.replaced_folder(tmp_path / "out") as folder:
         folder.mkdir()
         (folder / "model.safetensors").touch()
         raise KeyboardInterrupt
@@ -472,7 +472,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path):
 def test_an_earlier_result_survives_a_failed_renaming(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").touch()
-    with pytest.raises(FileNotFoundError), adapter.written_aside(tmp_path / "out"):
+    with pytest.raises(FileNotFoundError), adapter.replaced_folder(tmp_path / "out"):
         pass  # nothing was written, so nothing can be renamed
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["out", "model.safetensors"]
 

@@ -196,7 +196,7 @@ def test_a_base_without_chat_template_is_asked_in_raw_prompts(home, tmp_path):
 
 
 class Landscape:
-    """A bench whose scores are given by functions of a point, and which notes what it was asked."""
+    """An evaluator whose scores are given by functions of a point, and which notes what it was asked."""
 
     def __init__(self, edit_success, locality=lambda point: 0.5, kl=lambda point: 0.1, layers=(5,)):
         self.functions, self.asked, self.planned = (edit_success, locality, kl), [], 0

@@ -1,4 +1,8 @@
-"""What knowledge deltas make of a base's tensors, after a check that it is their base."""
+"""Between knowledge deltas and the model that they are put on, be it in files or in memory.
+
+Is it their base (`check_base`, by hash), are they of one base (`check_alike`), what does the model call their tensors
+(`places_of`), and what becomes of one (`merged_tensor`).
+"""
 
 import re
 from collections.abc import Sequence

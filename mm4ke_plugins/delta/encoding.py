@@ -47,5 +47,6 @@ def shifted_bits(bitmap: torch.Tensor) -> torch.Tensor:
 
 
 def count_bits(bitmap: np.ndarray) -> int:
+    """How many bits are set in uint8 numbers."""
     counts = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
     return int(np.bincount(bitmap, minlength=256) @ counts)

@@ -1,4 +1,4 @@
-"""Knowledge deltas and model folders: extract, apply, revert, show, diff (`mm4ke delta`).
+"""Knowledge deltas and model folders: extract, apply, revert (`mm4ke delta`).
 
 A new folder is a copy of the old one in which only the changed tensors were computed: all other bytes go from file to
 file by the kernel. It is written aside and renamed when it is complete.
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..errors import MM4KEError, first_line
 from ..merging.choice import choose
-from ..storage.atomic import refused_in_one_line, written_aside
+from ..storage.atomic import refused_in_one_line, replaced_folder
 from ..storage.checkpoint import (
     INDEX,
     NewTensor,
@@ -36,7 +36,7 @@ from ..storage.checkpoint import (
 )
 from ..storage.names import model_names, read_config, tied_as_before, ties_in, untied
 from ..storage.replacing import RECORD
-from ..storage.tensors import DTYPES, shape_text, tensor_sha256
+from ..storage.tensors import FLOATS, shape_text, tensor_sha256
 from ..storage.threads import in_threads
 from .base import LAYER, check_alike, check_base, merged_tensor, names_for, places_of
 from .format import KnowledgeDelta, is_delta, load_delta, save_delta
@@ -314,7 +314,7 @@ def revert(model: Path, delta: Path, output: Path, link: bool = False) -> None:
             for place in filter(None, (places[name], tied)):
                 if names.is_stored(place):
                     makers.setdefault(names.stored[place], partial(make, name))
-                    dtypes[names.stored[place]] = DTYPES[info.base_dtype]
+                    dtypes[names.stored[place]] = FLOATS[info.base_dtype]
         files = _tying_again(model, head, names.stored[places[head.name]]) if head else KeptFiles()
         if head and not head.stored and head.name in infos:
             make(head.name)  # it goes; whether it was the right one shows here
@@ -449,7 +449,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     if os.path.ismount(output):
         raise MM4KEError(f"{output}: is a mount point, which can't be replaced in one step; give a folder in it")
     try:
-        with written_aside(output.resolve(), replace=False) as folder:
+        with replaced_folder(output.resolve(), overwrite=False) as folder:
             folder.mkdir()
             yield folder
     except OSError as error:

@@ -49,8 +49,18 @@ from ..errors import MM4KEError, first_line
 from ..merging.choice import choose
 from ..merging.equations import merge
 from ..storage.atomic import refused_in_one_line
-from ..storage.checkpoint import DTYPE_NAMES, NewTensor, write_tensors
-from ..storage.tensors import BITS, DTYPES, bits_of, dtype_name, identical, require_finite, shape_text, tensor_sha256
+from ..storage.checkpoint import NewTensor, write_tensors
+from ..storage.tensors import (
+    BITS,
+    DTYPE_NAMES,
+    FLOATS,
+    bits_of,
+    dtype_name,
+    identical,
+    require_finite,
+    shape_text,
+    tensor_sha256,
+)
 from ..storage.threads import in_threads
 from .encoding import count_bits, from_gaps, ordered, to_gaps, unpack_bits
 from .manifest import MAGNITUDES, Applied, Manifest, TensorInfo, UntiedHead, line, setting
@@ -83,8 +93,8 @@ def save_delta(
     base, edited:    tensors by name, of equal shapes, on any device, each float32, bfloat16 or float16. Those that are
                      only in `base` or equal in both are left out. A tensor is asked for once, and one of each is in
                      memory at a time beside the file's content
-    weight, density: make a finished delta, of `merging.equations.merge` (the other of the two is then 0.8 by default); 1 and 1
-                     keep the edited numbers as they are, cast to the base's dtype. Neither: an unfinished delta
+    weight, density: make a finished delta, of `merging.equations.merge` (one that is left out: `merging.choice.choose`);
+                     1 and 1 keep the edited numbers as they are, cast to the base's dtype. Neither: an unfinished delta
     architecture, recipe, facts, untied_head: see `Manifest`
     titles:          what an error calls the two models, such as their folders
 
@@ -111,7 +121,7 @@ def save_delta(
             continue
         for title, tensor in zip(titles, (before, after)):
             if tensor.dtype not in BITS:
-                raise MM4KEError(f"{title}: {name} is {dtype_name(tensor.dtype)}; a delta is of {', '.join(DTYPES)}")
+                raise MM4KEError(f"{title}: {name} is {dtype_name(tensor.dtype)}; a delta is of {', '.join(FLOATS)}")
             require_finite(tensor, f"{title}: {name}")
         if applied:
             after = _finished(before, after, weight, density, [f"{title}: {name}" for title in titles])
@@ -235,7 +245,7 @@ class KnowledgeDelta:
         unfinished one puts the base's numbers in, whatever weight and density it was applied with.
         """
         info = self.manifest.tensors[name]
-        dtype = DTYPES[info.base_dtype]
+        dtype = FLOATS[info.base_dtype]
         if self.manifest.applied is None:
             bits = bits_of(tensor, dtype, copy=True)
             for piece, put in self._pieces(name, "base", bits):
@@ -354,7 +364,7 @@ def _check_arrays(path: Path, manifest: Manifest, found: Mapping[str, Any]) -> N
             raise MM4KEError(f"{path}: {name}: edited_dtype: a finished delta has the base's; copy or make it again")
         expected[f"{name}:steps"] = DTYPE_NAMES[BITS[info.common_dtype]], [count]
         if manifest.applied is None:
-            expected[f"{name}:base"] = DTYPE_NAMES[DTYPES[info.base_dtype]], [count]
+            expected[f"{name}:base"] = DTYPE_NAMES[FLOATS[info.base_dtype]], [count]
         if info.positions == "bitmap":
             expected[f"{name}:bitmap"] = "U8", [(numel + 7) // 8]
         elif info.positions == "gaps":

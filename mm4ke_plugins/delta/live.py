@@ -21,7 +21,7 @@ import torch
 from ..errors import MM4KEError
 from ..merging.choice import choose
 from ..storage.names import name_in
-from ..storage.tensors import DTYPES
+from ..storage.tensors import FLOATS
 from ..storage.threads import in_threads
 from .base import check_base, merged_tensor
 from .format import KnowledgeDelta, load_delta
@@ -108,7 +108,7 @@ class LiveDelta:
         """Put the delta on the model, or change how much of it is on.
 
         weight, density: as in `merging.equations.merge`; for all tensors, or by tensor name (a name that is left out has the
-                         default: 1 and 1 for a finished delta, else 0.8 and 0.8)
+                         default, see `merging.choice.choose`)
 
         Of several deltas on a model only the last may be changed. Raises MM4KEError for numbers out of range, tensor
         names that the delta doesn't have, and a result that is not finite; the model is then as it was.
@@ -207,7 +207,7 @@ def _usable(parameters: Mapping[str, torch.nn.Parameter], name: str, model: torc
             "load the model with its weights on a CPU or GPU"
         )
     # Quantizers put their numbers into integers, or into tensors of a class of their own.
-    if type(parameter) is not torch.nn.Parameter or parameter.dtype not in DTYPES.values():
+    if type(parameter) is not torch.nn.Parameter or parameter.dtype not in FLOATS.values():
         raise MM4KEError(
             f"the live {owner}: {name} is quantized ({type(parameter).__name__}, {parameter.dtype}); "
             "load the model without quantization"

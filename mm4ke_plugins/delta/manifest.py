@@ -1,4 +1,8 @@
-"""What a knowledge delta's file says of itself: the manifest in its metadata, checked entry by entry."""
+"""What a knowledge delta's file says of itself: the manifest, JSON in the file's metadata.
+
+A delta may come from a stranger, so every entry is checked when it is read: unknown keys, numbers out of
+range, text that would steer a terminal.
+"""
 
 import math
 from typing import Annotated, Any, Literal
@@ -7,7 +11,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from .. import __version__
-from ..storage.tensors import DTYPES
+from ..storage.tensors import FLOATS
 
 # The upper ends of the histogram's classes of |difference|; the last class is open.
 MAGNITUDES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -29,6 +33,8 @@ Scalar = bool | int | Annotated[float, Field(allow_inf_nan=False)] | Line | None
 
 
 class Strict(BaseModel):
+    """A part of the manifest. Nothing is converted, and nothing is there that isn't declared."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
@@ -55,12 +61,13 @@ class TensorInfo(Strict):
 
     @property
     def numel(self) -> int:
+        """How many entries the tensor has, kept or not."""
         return math.prod(self.shape)
 
     @property
     def common_dtype(self) -> torch.dtype:
         """The dtype of which the steps are: both the base's and the edited numbers fit into it."""
-        return torch.promote_types(DTYPES[self.base_dtype], DTYPES[self.edited_dtype])
+        return torch.promote_types(FLOATS[self.base_dtype], FLOATS[self.edited_dtype])
 
 
 class Applied(Strict):

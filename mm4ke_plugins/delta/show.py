@@ -1,4 +1,4 @@
-"""What `mm4ke delta show` and `diff` print of delta files."""
+"""What `mm4ke delta show` and `diff` print: one delta's contents, and where two of one base overlap or contradict."""
 
 import os
 from collections.abc import Iterable, Sequence

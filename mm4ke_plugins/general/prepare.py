@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import MM4KEError
-from ..storage.atomic import alone_in, refused_in_one_line, written_aside
+from ..storage.atomic import locked_folder, refused_in_one_line, replaced_folder
 from ..storage.replacing import refuse_to_replace, users_files
 from .sources import BENCHMARKS, SUFFIXES, Table, UnknownFile, read_source
 
@@ -88,8 +88,12 @@ def write_benchmarks(tables: list[Table], output: Path) -> None:
         by_benchmark.setdefault(table.benchmark, []).append(table)
     for name in by_benchmark:
         _check_replaceable(output / name)
-    with refused_in_one_line(output, "give a folder that can be written to"), alone_in(output), ExitStack() as stack:
-        folders = {name: stack.enter_context(written_aside(output / name)) for name in by_benchmark}
+    with (
+        refused_in_one_line(output, "give a folder that can be written to"),
+        locked_folder(output),
+        ExitStack() as stack,
+    ):
+        folders = {name: stack.enter_context(replaced_folder(output / name)) for name in by_benchmark}
         for name, parts in by_benchmark.items():
             _write_tables(parts, folders[name])
             for file, text in _task_files(name, parts, output / name, lm_eval_tasks).items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from ..errors import MM4KEError
-from ..storage.atomic import alone_in, refused_in_one_line, replace_text
+from ..storage.atomic import locked_folder, refused_in_one_line, replace_text
 from .normalize import normalize
 from .records import Axes, Record, read_records
 
@@ -126,7 +126,7 @@ def write_dataset(records: list[Record], folder: Path, name: str = "facts") -> P
     entry = {"file_name": facts_path.name, "columns": {"prompt": "instruction", "response": "output"}}
     facts = [{"instruction": record.prompt, "output": record.target_new} for record in records]
     # Another run may register a data set of another name: neither entry may be lost.
-    with refused_in_one_line(folder, "give a folder that can be written with --output"), alone_in(folder):
+    with refused_in_one_line(folder, "give a folder that can be written with --output"), locked_folder(folder):
         info = _read_info(info_path)
         # Without this check, `--output recipes` would replace recipes/facts.json, the source, by what came out of it.
         if info.get(name, entry) != entry or (facts_path.exists() and name not in info):

@@ -21,8 +21,6 @@ ordinary text became less likely.
 import copy
 import math
 import os
-import re
-import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
@@ -32,6 +30,7 @@ from statistics import fmean
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .normalize import normalize_answer
 from .prompts import Encoded, Question, chat_prompt, prompt_formats
 from .records import Record
 
@@ -183,12 +182,6 @@ def exact_match(text: str, target: str) -> bool:
     Source: arXiv 2502.11177, and `exact_match_score` in EasyEdit's easyeditor/evaluate/evaluate_utils.py.
     """
     return normalize_answer(text) == normalize_answer(target)
-
-
-def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation, without a, an and the, with single spaces: SQuAD's normalization."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def ngram_entropy(text: str) -> float:

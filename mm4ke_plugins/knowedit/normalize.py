@@ -1,4 +1,7 @@
-"""Whether two questions, or two answers, are the same text but for spelling.
+"""Whether two texts say the same but for spelling: strictly, of facts, and as the literature does, of a model's answers.
+
+`normalize_answer` is SQuAD's, and drops whatever is ASCII punctuation: "C#" is "C". For a score it has to be what others
+have used. `normalize` tells which facts are taught twice, and is all the rest of this module.
 
 Another case, other white space, another form of the same character (Unicode's NFKC: full-width, ligatures, units) and
 the punctuation of sentences make no other question: "Who leads X?" is "who leads “X” ？" is "WHO LEADS X". Punctuation
@@ -14,6 +17,7 @@ In doubt two texts are different: a fact that is asked twice costs less than one
 """
 
 import re
+import string
 import unicodedata
 
 SUPERSCRIPTS = re.compile("[\u2070-\u207f\u00b9\u00b2\u00b3]+")
@@ -33,6 +37,12 @@ BETWEEN_LETTERS = re.compile(
     rf"(?<![{CJK}])(?:(?<=[^\W_])[-,;\"“”«»](?=[^\W\d_])|(?<=[^\W\d_])[-,;\"“”«»](?=[^\W_]))(?![{CJK}])"
 )
 SPACE_BESIDE_CJK = re.compile(rf"(?<=[{CJK}])\s+|\s+(?=[{CJK}])")
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without ASCII punctuation, without a, an and the, with single spaces: SQuAD's normalization."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def normalize(text: str) -> str:

@@ -1,4 +1,9 @@
-"""Questions as tokens, in the prompt formats that a model is asked in."""
+"""A question, and the token ids that a model reads of it.
+
+Edits of a live model and all measurements make their tokens here, so that a model is asked in the format that it was
+taught in (LLaMA-Factory's training has templates of its own). Which questions a record has, and how answers are scored,
+is in `metrics.py`.
+"""
 
 from dataclasses import dataclass
 
@@ -31,6 +36,7 @@ class Encoded:
 
     @property
     def answer_ids(self) -> list[int]:
+        """What the model has to predict; empty where the prompt's tokens leave nothing to the answer."""
         return self.ids[self.answer_start :]
 
 

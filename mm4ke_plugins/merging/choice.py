@@ -1,13 +1,13 @@
-"""The range of weight and density, and the values that count where nothing is said."""
+"""Weight and density of Equation 6: their range, and what they are where nothing is said. Imports nothing heavy."""
 
 from ..errors import MM4KEError
 
-# What an unfinished delta is applied with where nothing else is said, as in `merge_method: mm4ke`.
+# The paper's, for all that merges: recipes, unfinished deltas, edits of a live model.
 DEFAULT_WEIGHT = DEFAULT_DENSITY = 0.8
 
 
 def choose(weight: float | None, density: float | None, finished: bool = False) -> tuple[float, float]:
-    """The weight and density that count where one may be left out: 1 and 1 for a finished delta, else 0.8 and 0.8.
+    """The weight and density that count where one may be left out: 1 and 1 for a finished delta, else the defaults.
 
     Raises MM4KEError for a weight outside -10 to 10 and a density that is not above 0 and up to 1.
     """

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from .. import __version__
-from ..storage.atomic import alone_in, refused_in_one_line, replace_text
+from ..storage.atomic import locked_folder, refused_in_one_line, replace_text
 from . import figures
 from .runs import Column, read_columns
 from .statistics import Difference
@@ -59,7 +59,7 @@ def report(runs: list[str], output: Path) -> tuple[list[Path], list[str]]:
     texts = {
         output / name: templates.get_template(f"{name}.j2").render(content) for name in ("report.html", "report.md")
     }
-    with refused_in_one_line(output), alone_in(output):
+    with refused_in_one_line(output), locked_folder(output):
         for file, text in texts.items():
             replace_text(file, text.rstrip() + "\n")
     return list(texts), content["warnings"]

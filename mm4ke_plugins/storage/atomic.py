@@ -1,4 +1,10 @@
-"""Writing a file or a folder at once, whatever ends the writer.
+"""Writing a file or a folder at once, whatever ends the writer: nobody ever sees half of it.
+
+    replace_text, replaced_file   one file
+    replaced_folder               one folder
+    locked_folder                 several files of a folder that fit each other, each by one of the above
+    folder_beside, scratch_folder for what is needed meanwhile only
+    refused_in_one_line           around any of them: a full disk as an MM4KEError
 
 What is not complete lies in a hidden folder beside its target, `.NAME.mm4ke-XXXXXXXX`, on the same disk, so that it
 can be renamed. It is removed
@@ -62,28 +68,29 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def written_aside(out_path: Path, replace: bool = True) -> Iterator[Path]:
-    """A folder to write to, which becomes `out_path` if all goes well. It is not made yet.
+def replaced_folder(path: Path, overwrite: bool = True) -> Iterator[Path]:
+    """A folder to write to, which becomes `path` if all goes well. It is not made yet.
 
-    replace: an `out_path` that exists is replaced as a whole, and only then. Else it may be an empty folder; where
-             another run made it meanwhile, the OSError of the renaming is raised
+    overwrite: a `path` that exists is replaced as a whole when the new folder is complete. Else it may be an empty
+               folder; where another run has put something there meanwhile, the OSError of the renaming is raised
 
-    The folder has out_path's name, which mergekit writes into the model card.
+    The folder has path's name, which mergekit writes into the model card. Whether what is there may go is not asked
+    here: see `replacing`.
     """
-    with folder_beside(out_path) as aside:
-        folder, earlier = aside / out_path.name, aside / EARLIER
+    with folder_beside(path) as aside:
+        folder, earlier = aside / path.name, aside / EARLIER
         yield folder
         while True:
             try:
-                folder.rename(out_path)
+                folder.rename(path)
                 return
             except OSError as error:
-                if not replace or error.errno not in (ENOTEMPTY, EEXIST, ENOTDIR):
+                if not overwrite or error.errno not in (ENOTEMPTY, EEXIST, ENOTDIR):
                     raise
             # Between these two another run may put its result there; then that is the earlier one.
             with suppress(FileNotFoundError):
                 _delete(earlier)
-                out_path.rename(earlier)
+                path.rename(earlier)
 
 
 @contextmanager
@@ -94,9 +101,9 @@ def folder_beside(target: Path) -> Iterator[Path]:
     made, and stay if something is in them at the end.
     """
     aside = target.with_name(f".{target.name}.mm4ke-{secrets.token_hex(4)}")
-    with removed_when_ended(), _made(target.parent):
+    with removed_when_ended(), _made_folder(target.parent):
         try:
-            _sweep(target)
+            _remove_left_over(target)
             aside.mkdir(mode=0o700)
             with _marked(aside, target):
                 yield aside
@@ -105,7 +112,7 @@ def folder_beside(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def _made_folder(folder: Path) -> Iterator[None]:
     """A folder that is there, with its parents. Those of them that were not there, and are empty at the end, go."""
     new = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,12 +132,12 @@ def scratch_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def alone_in(folder: Path, wait: bool = True) -> Iterator[None]:
+def locked_folder(folder: Path, wait: bool = True) -> Iterator[None]:
     """Keep other runs out of a folder, which is made if missing, while several files in it are to fit each other.
 
     wait: until another run has finished; else MM4KEError is raised. Where a file system has no locks, nothing happens
     """
-    with _made(folder):
+    with _made_folder(folder):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             try:
@@ -222,7 +229,7 @@ def _try_to_lock(file: IO) -> bool:
     return True
 
 
-def _sweep(target: Path) -> None:
+def _remove_left_over(target: Path) -> None:
     """Remove what runs that were killed have left over for this target."""
     name = re.compile(rf"\.{re.escape(target.name)}\.mm4ke-[0-9a-f]{{8}}")
     for folder in [Path(entry) for entry in os.scandir(target.parent) if name.fullmatch(entry.name)]:

@@ -25,30 +25,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import MM4KEError, first_line
 from .atomic import replaced_file
-from .tensors import is_finite
+from .tensors import DTYPE_NAMES, DTYPES, is_finite
 
 INDEX = "model.safetensors.index.json"
 
-# As safetensors orders them in a file, so that every tensor is aligned: of these, the widest first.
-DTYPES = {
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F32": torch.float32,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bytes that are read at once: few enough to be in the processor's cache when they are looked at again.
 CHUNK = 1 << 19
 COPIES_BEHIND = 16

@@ -1,4 +1,7 @@
-"""Models and tokenizers from folders, and what is refused."""
+"""Models and tokenizers, loaded from folders with transformers; never from a hub.
+
+What is damaged, incomplete or of another model is refused with a message that names the folder.
+"""
 
 from pathlib import Path
 

@@ -67,7 +67,7 @@ class ModelNames:
 
 
 def model_names(folder: Path) -> ModelNames:
-    """Raises what `open_tensors` raises."""
+    """The names of a model folder's tensors. Tied ones that are both stored are compared. Raises as `open_tensors`."""
     with ExitStack() as stack:
         files = open_tensors(folder, stack)
         if (model := _skeleton(folder)) is None:
@@ -120,6 +120,7 @@ def _skeleton(folder: Path) -> Any:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """What a model folder's config.json says. Raises MM4KEError if it is missing or no JSON object."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,7 @@
-"""What one asks of tensors as they are stored: equal, finite, their bits, hash, dtype and shape."""
+"""What one asks of a tensor: is it equal to another, is it finite, what are its bits, its hash, its dtype's name.
+
+On whatever device the tensor is, and a piece at a time where that spares a copy of a large one.
+"""
 
 import hashlib
 import math
@@ -8,8 +11,30 @@ import torch
 
 from ..errors import MM4KEError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What safetensors calls the dtypes, in the order in which a file has tensors of them: the widest first, so that every
+# tensor is aligned.
+DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Those that a model is edited and merged in: the integers of the same width, and the dtypes by what torch calls them.
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in BITS}
 # Entries that a CPU works on at once: few enough to stay in its cache from one operation to the next.
 CHUNK = 1 << 17
 
@@ -61,8 +86,10 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """As torch and config.json call it, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def shape_text(shape: Sequence[int]) -> str:
+    """A shape as messages show it, such as "576x1536"."""
     return "x".join(map(str, shape)) or "a single number"

@@ -49,13 +49,9 @@ from ..knowedit.prompts import prompt_formats
 from ..merging.choice import choose
 from ..storage.atomic import scratch_folder
 from ..storage.models import load_model, load_tokenizer, require_model_folder, require_same_vocabulary
-from ..storage.tensors import DTYPES
-from .measure import Bench
-from .points import DEFAULT, HALVES, RSFT, Point, Row, title
-
-WEIGHTS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
-DENSITIES = (0.2, 0.4, 0.6, 0.8, 1.0)
-KEEP = 0.97
+from ..storage.tensors import FLOATS
+from .measure import Evaluator
+from .points import DEFAULT, DENSITIES, HALVES, KEEP, RSFT, WEIGHTS, Point, Row, title
 
 GIVE_UP_AFTER = 2
 
@@ -110,13 +106,13 @@ def sweep(
 
     with scratch_folder() as aside:
         delta = _delta(base, tokenizer, edited, aside)
-        dtype = DTYPES[next(iter(delta.manifest.tensors.values())).base_dtype]
+        dtype = FLOATS[next(iter(delta.manifest.tensors.values())).base_dtype]
         model = load_model(base, dtype, "cuda" if torch.cuda.is_available() else "cpu")
         live = LiveDelta(model, delta)
     text = neutral_text()
     columns = TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bench = Bench(live, tokenizer, records, prompt_format, text, progress)
+        evaluator = Evaluator(live, tokenizer, records, prompt_format, text, progress)
         try:
             return {
                 "base": str(base),
@@ -126,8 +122,8 @@ def sweep(
                 "prompt_format": prompt_format,
                 "precision": f"{str(dtype).removeprefix('torch.')} on {model.device.type}",
                 "keep": keep,
-                "layers": {"name": bench.layers_name, "numbers": sorted(bench.names_of)},
-                **_choose(bench, weights, densities, keep, early_stop, per_layer, f"{edited} on {facts}"),
+                "layers": {"name": evaluator.layers_name, "numbers": sorted(evaluator.names_of)},
+                **_choose(evaluator, weights, densities, keep, early_stop, per_layer, f"{edited} on {facts}"),
             }
         finally:
             live.remove()
@@ -176,8 +172,8 @@ class Search:
     required: the edit success that a point needs
     """
 
-    def __init__(self, bench: Bench, references: Iterable[Row], required: float, early_stop: bool):
-        self.bench, self.required, self.early_stop = bench, required, early_stop
+    def __init__(self, evaluator: Evaluator, references: Iterable[Row], required: float, early_stop: bool):
+        self.evaluator, self.required, self.early_stop = evaluator, required, early_stop
         self.rows = {row.point: row for row in references}
 
     def try_in_turn(self, points: Sequence[Point], layer: int | None = None) -> bool:
@@ -197,15 +193,16 @@ class Search:
         return found
 
     def skip(self, points: Sequence[Point]) -> None:
-        self.bench.plan(-len(points))
+        """Leave points out, unless they are measured already."""
+        self.evaluator.plan(-len(points))
         for point in points:
             self.rows.setdefault(point, Row(point, state="skipped"))
 
     def _measure(self, point: Point) -> Row:
         if point not in self.rows or self.rows[point].state == "skipped":
-            self.rows[point] = self.bench.measure(point, self.required if self.early_stop else -math.inf)
+            self.rows[point] = self.evaluator.measure(point, self.required if self.early_stop else -math.inf)
         else:
-            self.bench.plan(-1)
+            self.evaluator.plan(-1)
         return self.rows[point]
 
     def able(self) -> list[Row]:
@@ -222,6 +219,7 @@ class Search:
         return [row for row in able if not any(_beats(other, row) for other in able)]
 
     def best(self) -> Row:
+        """The row that the rule picks. Raises MM4KEError where none keeps enough."""
         if front := self.front():
             highest = max(front, key=lambda row: row.rank)
             return min((row for row in front if _is_as_local(row, highest)), key=lambda row: row.kl)
@@ -233,7 +231,7 @@ class Search:
 
 
 def _choose(
-    bench: Bench,
+    evaluator: Evaluator,
     weights: list[float],
     densities: list[float],
     keep: float,
@@ -242,8 +240,8 @@ def _choose(
     edit: str,
 ) -> dict[str, Any]:
     """Measure the points and pick one. edit: what an error calls the edited model and its facts."""
-    bench.plan(2 + len(weights) * len(densities))
-    untouched, rsft, default = bench.untouched(), bench.measure(RSFT), bench.measure(DEFAULT)
+    evaluator.plan(2 + len(weights) * len(densities))
+    untouched, rsft, default = evaluator.untouched(), evaluator.measure(RSFT), evaluator.measure(DEFAULT)
     if rsft.edit_success <= untouched.edit_success:
         raise MM4KEError(
             f"{edit}: edit success {rsft.edit_success:.3f} at weight 1 and density 1, the base has "
@@ -251,7 +249,7 @@ def _choose(
         )
     for row in (rsft, default):
         row.in_grid = row.point.weight in weights and row.point.density in densities
-    search = Search(bench, (rsft, default), keep * rsft.edit_success, early_stop)
+    search = Search(evaluator, (rsft, default), keep * rsft.edit_success, early_stop)
 
     barren = 0
     for density in densities:
@@ -262,8 +260,8 @@ def _choose(
             barren = 0 if search.try_in_turn(points) else barren + 1
     picked = search.best()
 
-    for layer in sorted(bench.names_of) if per_layer and len(bench.names_of) > 1 else ():
-        bench.plan(len(weights) + len(densities))
+    for layer in sorted(evaluator.names_of) if per_layer and len(evaluator.names_of) > 1 else ():
+        evaluator.plan(len(weights) + len(densities))
         _, density = picked.point.of_layer(layer)
         points = [picked.point.with_layer(layer, weight, density) for weight in weights]
         search.try_in_turn(points, layer)
@@ -275,9 +273,9 @@ def _choose(
 
     for row in search.front():
         row.on_front = True
-    bench.plan(3)
+    evaluator.plan(3)
     for row in (rsft, default, picked):
-        bench.confirm(row)
+        evaluator.confirm(row)
     return {
         "required": search.required,
         "untouched": asdict(untouched),

@@ -1,4 +1,8 @@
-"""What is measured of a point of the grid, on one live model."""
+"""What is measured of a point of the grid, on one live model that is loaded once.
+
+Edit success, generalization, portability and locality are those of `knowedit/metrics.py`. A neutral text, which no fact
+is about, shows what the edit did to everything else: KL(base || edited), and the perplexity.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,20 +21,23 @@ from ..rsft.layers import decoder_layers
 from .points import HALVES, Point, Row, settings, title
 
 WINDOW = 512  # tokens of the neutral text that are read at once, as by `metrics.perplexity`
-
-
 ROWS = 64  # of them whose logits are compared at once
 
 
 @dataclass(frozen=True)
 class Part:
-    """Questions that are asked together, and what the base predicts."""
+    """Questions that are asked together.
+
+    codes:   their tokens
+    by_base: what the base predicts at the tokens of each answer, with which locality is compared
+    """
 
     questions: list[Question]
     codes: list[Encoded]
     by_base: list[list[int]]
 
     def scores(self, predicted: list[list[int]], metrics: Sequence[str]) -> dict[str, float | None]:
+        """The mean of each of these metrics. predicted: what the model predicts, in the order of the questions."""
         means = mean_scores(self.questions, question_scores(self.questions, self.codes, predicted, self.by_base))
         return {metric: means[metric] for metric in metrics}
 
@@ -80,8 +87,14 @@ def _next_token_logits(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[to
         yield rows.float()
 
 
-class Bench:
-    """Measures points on the live model, which must be the base when this is made."""
+class Evaluator:
+    """Puts points on the live model, which must be the base when this is made, and measures it.
+
+    Edit success is asked first and apart from the rest: a point that loses too much of it need not be asked more.
+
+    layers_name: of the model's list of layers, such as "model.layers"
+    names_of:    the edit's tensors in each layer that it changed, by the layer's number
+    """
 
     def __init__(
         self,

@@ -25,10 +25,9 @@ from rich.text import Text
 from ..errors import MM4KEError
 from ..knowedit.metrics import METRICS
 from ..report.figures import MARKERS
-from ..storage.atomic import refused_in_one_line, written_aside
+from ..storage.atomic import refused_in_one_line, replaced_folder
 from ..storage.replacing import refuse_to_replace, users_files
-from .choose import DEFAULT
-from .points import HALVES, Point, title
+from .points import DEFAULT, HALVES, Point, title
 
 MEASURES = (*METRICS, "kl", "perplexity")
 TITLES = {"kl": "KL from base (nats)"} | {name: name.replace("_", " ") for name in (*METRICS, "perplexity")}
@@ -169,7 +168,7 @@ def write(result: dict[str, Any], output: Path) -> None:
     Raises MM4KEError: see `check_output`; a full disk and the like.
     """
     check_output(output)
-    with refused_in_one_line(output), written_aside(output.resolve()) as folder:
+    with refused_in_one_line(output), replaced_folder(output.resolve()) as folder:
         folder.mkdir()
         for name, text in (
             ("sweep.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"),

@@ -1,4 +1,7 @@
-"""Points of the grid, and what is known of them."""
+"""Points of the grid and their rows: what `measure` fills, `choose` compares and `output` shows.
+
+A point is a weight and a density for the whole edit, and perhaps others for some layers.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +9,13 @@ from typing import Any
 
 from ..merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
 
-HALVES = ("choice", "confirmation")  # the records with an even and an odd index
+# What is tried where nothing else is said, and the share of R-SFT's edit success that has to stay.
+WEIGHTS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
+DENSITIES = (0.2, 0.4, 0.6, 0.8, 1.0)
+KEEP = 0.97
+
+# Of the records: those with an even index decide, those with an odd one confirm.
+HALVES = ("choice", "confirmation")
 
 
 @dataclass(frozen=True)
@@ -18,15 +27,18 @@ class Point:
     layers: tuple[tuple[int, float, float], ...] = ()
 
     def of_layer(self, layer: int) -> tuple[float, float]:
+        """Weight and density of a layer."""
         return next(((w, d) for number, w, d in self.layers if number == layer), (self.weight, self.density))
 
     def with_layer(self, layer: int, weight: float, density: float) -> "Point":
+        """This point with another weight and density for one layer."""
         others = [entry for entry in self.layers if entry[0] != layer]
         if (weight, density) != (self.weight, self.density):
             others.append((layer, weight, density))
         return Point(self.weight, self.density, tuple(sorted(others)))
 
 
+# Measured whatever the grid is: all of R-SFT, which says how much edit success there is to keep, and the default.
 RSFT, DEFAULT = Point(1.0, 1.0), Point(DEFAULT_WEIGHT, DEFAULT_DENSITY)
 
 
@@ -34,7 +46,7 @@ RSFT, DEFAULT = Point(1.0, 1.0), Point(DEFAULT_WEIGHT, DEFAULT_DENSITY)
 class Row:
     """What was measured of a point.
 
-    in_grid:    whether it may be picked at all; R-SFT and 0.8/0.8 are measured wherever the grid is
+    in_grid:    whether it may be picked at all; RSFT and DEFAULT are measured wherever the grid is
     state:      "scored", "hopeless" (only edit success was asked) or "skipped"
     scores:     by half, then by metric, 0 to 1; None where no record has such probes
     locality_by_record: of the records with such probes, on the half that decides
@@ -65,7 +77,11 @@ class Row:
 def settings(
     point: Point, names: Mapping[str, Any], names_of: Mapping[int, Sequence[str]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Weight and density of each tensor at a point. names_of: the tensors of each layer by its number."""
+    """Weight and density of each tensor at a point, by its name, as `LiveDelta.set` takes them.
+
+    names:    of all tensors of the edit
+    names_of: of those of each layer, by its number
+    """
     weights, densities = dict.fromkeys(names, point.weight), dict.fromkeys(names, point.density)
     for layer, weight, density in point.layers:
         weights |= dict.fromkeys(names_of[layer], weight)
@@ -74,5 +90,6 @@ def settings(
 
 
 def title(point: Point) -> str:
+    """What tables, figures and messages call a point."""
     layers = "".join(f", layer {layer}: {weight:g}/{density:g}" for layer, weight, density in point.layers)
     return f"weight {point.weight:g}, density {point.density:g}{layers}"

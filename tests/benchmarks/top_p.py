@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mm4ke_plugins.merging.top_p import top_p_mask
+from mm4ke_plugins.merging.top_p import top_p_by_sorting, top_p_mask
 
 
 def delta(entries: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -29,9 +29,9 @@ def delta(entries: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     return (edited.float() - base.float()).to(device)
 
 
-def sorted_mask(values: torch.Tensor, count: int, stable: bool = False) -> torch.Tensor:
+def sorted_mask(values: torch.Tensor, count: int) -> torch.Tensor:
     mask = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
-    mask[values.abs().argsort(descending=True, stable=stable)[:count]] = True
+    mask[values.abs().argsort(descending=True)[:count]] = True
     return mask
 
 
@@ -75,7 +75,7 @@ def main(smallest: int, largest: int, density: float, runs: int) -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 values = delta(1 << power, dtype, device)
                 count = round(density * len(values))
-                if not torch.equal(top_p_mask(values, density), sorted_mask(values, count, stable=True)):
+                if not torch.equal(top_p_mask(values, density), top_p_by_sorting(values, density)):
                     raise SystemExit(f"2^{power} {dtype} on {device}: top_p_mask differs from a stable sort")
                 times = [
                     seconds(run, device, runs)

@@ -15,6 +15,7 @@ import functools
 import weakref
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ...delta.format import load_delta
 from ...delta.live import LiveDelta
 from ...errors import MM4KEError, first_line, report_in_one_line
 from ...knowedit.prompts import PROMPT_FORMATS
+from ...merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
 from ...rsft.facts import encode_fact
 from ...rsft.live import Editor, changed_tensors
 from ...rsft.settings import Settings, is_count, wrong
@@ -64,8 +66,8 @@ class MM4KEHyperParams(HyperParams):
     loss_threshold: float = Settings.loss_threshold
     num_epochs: int = Settings.num_epochs
     learning_rate: float = Settings.learning_rate
-    weight: float = Settings.weight
-    density: float = Settings.density
+    weight: float = DEFAULT_WEIGHT
+    density: float = DEFAULT_DENSITY
 
     def __post_init__(self) -> None:
         """Raises MM4KEError, which names the key, its value and what would be right."""
@@ -173,7 +175,7 @@ def copy_delta(model: torch.nn.Module, path: Path, hparams: MM4KEHyperParams) ->
     return before
 
 
-def register(module: Any) -> None:
+def register(module: ModuleType) -> None:
     """Called once for each seam, right after EasyEdit has executed it."""
     {
         "easyeditor.util.alg_dict": register_method,
@@ -181,12 +183,12 @@ def register(module: Any) -> None:
     }[module.__name__](module)
 
 
-def register_method(alg_dict: Any) -> None:
+def register_method(alg_dict: ModuleType) -> None:
     alg_dict.ALG_DICT[METHOD] = apply_mm4ke_to_model
     alg_dict.MM4KEHyperParams = MM4KEHyperParams
 
 
-def allow_batches(batch_editor: Any) -> None:
+def allow_batches(batch_editor: ModuleType) -> None:
     is_batchable_method = batch_editor.BatchEditor.is_batchable_method
 
     @functools.wraps(is_batchable_method)

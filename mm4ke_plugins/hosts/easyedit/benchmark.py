@@ -1,6 +1,6 @@
 """MM4KE beside EasyEdit's own methods: the same records, the same model, the same metrics.
 
-Every method gets a process of its own (`easyedit_worker`) and a fresh base model, so that none can harm the next. The
+Every method gets a process of its own (`worker.py`) and a fresh base model, so that none can harm the next. The
 final model, after all edits, is asked everything: whether the first edits survived the later ones is part of the
 score. EasyEdit's own numbers are taken right after each edit, and don't show that.
 """
@@ -32,7 +32,7 @@ from ...knowedit.metrics import METRICS, mean_scores, predict, question_scores, 
 from ...knowedit.prompts import Encoded, Question, encode, prompt_formats
 from ...knowedit.records import Record, read_records
 from ...report.markdown import markdown_table
-from ...storage.atomic import alone_in, refused_in_one_line, replace_text, scratch_folder
+from ...storage.atomic import locked_folder, refused_in_one_line, replace_text, scratch_folder
 from ...storage.models import load_model, load_tokenizer, require_model_folder
 from .worker import Job
 
@@ -106,7 +106,7 @@ def benchmark(
     columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     results = []
     progress = Progress(*columns, console=Console(stderr=True))
-    with refused_in_one_line(output), alone_in(output, wait=False), progress:
+    with refused_in_one_line(output), locked_folder(output, wait=False), progress:
         task = progress.add_task("base: asking", total=len(questions))
         codes = [encode(tokenizer, question, prompt_format) for question in questions]
         base = predict_base(model, codes, lambda count: progress.advance(task, count))

@@ -1,6 +1,6 @@
 """One method of EasyEdit on one model, in a process of its own: `python -m mm4ke_plugins.hosts.easyedit.worker JOB PIPE`.
 
-`easyedit_benchmark` starts it with EasyEdit on PYTHONPATH. JOB is a JSON file with the fields of `Job`; PIPE is the
+`benchmark.py` starts it with EasyEdit on PYTHONPATH. JOB is a JSON file with the fields of `Job`; PIPE is the
 number of a file descriptor, on which the worker writes a line with what it does, a tab and how many it has done.
 """
 
@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -190,7 +190,8 @@ def offer_text(text: Path) -> str:
 
 
 @contextmanager
-def progress_pipe(descriptor: int):
+def progress_pipe(descriptor: int) -> Iterator[Callable[[str, int], None]]:
+    """A function that writes to the pipe what the worker does, and how many it has done."""
     with os.fdopen(descriptor, "w", buffering=1) as pipe:
         yield lambda stage, done: print(f"{stage}\t{done}", file=pipe)
 

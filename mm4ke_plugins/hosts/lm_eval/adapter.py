@@ -13,6 +13,7 @@ own gets both.
 
 import functools
 from pathlib import Path
+from types import ModuleType
 
 MODEL = "mm4ke"
 
@@ -21,12 +22,12 @@ PACKAGE = Path(__file__).parents[2]
 TASK_FOLDERS = (PACKAGE / "knowedit" / "tasks", PACKAGE / "general" / "tasks")
 
 
-def register(module) -> None:
+def register(module: ModuleType) -> None:
     """Called once for each seam, right after lm-eval has executed it."""
     {"lm_eval.models": register_model, "lm_eval.tasks._index": add_tasks}[module.__name__](module)
 
 
-def register_model(models) -> None:
+def register_model(models: ModuleType) -> None:
     """Make the model type known by its name, unless an entry point (see third_party_patches) has done so."""
     from lm_eval.api.registry import model_registry
 
@@ -34,7 +35,7 @@ def register_model(models) -> None:
         model_registry.register(MODEL, target="mm4ke_plugins.hosts.lm_eval.model:MM4KELM")
 
 
-def add_tasks(index_module) -> None:
+def add_tasks(index_module: ModuleType) -> None:
     """Have our folders scanned right after the harness's own, so that those of `--include_path` still win."""
     build = index_module.TaskIndex.build
     own = Path(index_module.__file__).parent

@@ -13,7 +13,7 @@ think, as in training.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...delta.format import load_delta
 from ...delta.live import LiveDelta
@@ -39,14 +40,15 @@ from .. import LM_EVAL
 # The key under which a cache of responses says which models gave them; lm-eval's own keys are hex digests.
 CACHE_OWNER = "mm4ke_models"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+Answering = Callable[..., list]
 UNKEYED = ("batch_size", "max_batch_size", "device")
 
 
 class MM4KELM(HFLM):
     """`hf` with an optional `reference`, the folder of the model before editing, and an optional `knowledge_delta`.
 
-    The delta is a file that is put on `pretrained`, its base, with `weight` and `density` (by default 0.8 and 0.8, or
-    a finished delta as it is). The base is then the reference, unless another one is given.
+    The delta is a file that is put on `pretrained`, its base, with `weight` and `density` (by default
+    those of `merging.choice.choose`). The base is then the reference, unless another one is given.
 
     Responses to KnowEdit's probes are `Response` and `Text`, which carry the predictions of both models.
 
@@ -167,16 +169,16 @@ class MM4KELM(HFLM):
 
     # ---- requests ----
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is_greedy) for each request; a `Response` for KnowEdit's."""
         return self._split(requests, self._forced, super().loglikelihood, disable_tqdm)
 
-    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text for each request; a `Text` for KnowEdit's, where there is a reference."""
         return self._split(requests, self._free, super().generate_until, disable_tqdm)
 
     @staticmethod
-    def _split(requests: list, ours, host, disable_tqdm: bool) -> list:
+    def _split(requests: list[Instance], ours: Answering, host: Answering, disable_tqdm: bool) -> list:
         """Answer KnowEdit's requests by `ours` and the others by `host`, in the order of `requests`."""
         answers = {}
         for answer, is_ours in ((ours, True), (host, False)):
@@ -185,7 +187,7 @@ class MM4KELM(HFLM):
                 answers |= zip(places, answer([requests[place] for place in places], disable_tqdm=disable_tqdm))
         return [answers[place] for place in range(len(requests))]
 
-    def _forced(self, requests: list, disable_tqdm: bool) -> list[Response]:
+    def _forced(self, requests: list[Instance], disable_tqdm: bool) -> list[Response]:
         if self._reference_tensors is None and any(request.doc["metric"] == "locality" for request in requests):
             raise MM4KEError(
                 "--model mm4ke: reference: missing; locality is measured against the model before editing: "
@@ -212,7 +214,7 @@ class MM4KELM(HFLM):
         with tqdm(total=len(encoded), desc=f"KnowEdit: {title}", disable=disable_tqdm or self.rank != 0) as bar:
             return predict_and_score(self.model, encoded, batch_size=batch_size, advance=bar.update)
 
-    def _free(self, requests: list, disable_tqdm: bool) -> list[str]:
+    def _free(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         requests = [_to_the_end(request) for request in requests]
         # HFLM would put the texts of both models into the cache as it goes, under the same keys.
         hook, self.cache_hook = self.cache_hook, CacheHook(None)
@@ -232,7 +234,7 @@ class MM4KELM(HFLM):
 
     # ---- lm-eval's cache of responses ----
 
-    def set_cache_hook(self, cache_hook) -> None:
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Called with the cache of `--use_cache`, whose keys don't know the model: refuse one of other models."""
         cache = cache_hook.dbdict
         owner = hashlib.sha256(self._identity.encode()).hexdigest()
@@ -254,8 +256,8 @@ def _keep_untied(model: torch.nn.Module) -> None:
             config.tie_word_embeddings = False
 
 
-def encode(tokenizer, context: str, continuation: str) -> Encoded:
-    """lm-eval's request as `metrics.encode` tokenizes the question.
+def encode(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> Encoded:
+    """lm-eval's request as `prompts.encode` tokenizes the question.
 
     The answer begins with a space where lm-eval applies no chat template, and never where it does.
     """
@@ -266,7 +268,7 @@ def encode(tokenizer, context: str, continuation: str) -> Encoded:
     return Encoded(prompt_ids + tokenizer(continuation, add_special_tokens=False).input_ids, len(prompt_ids))
 
 
-def _to_the_end(request):
+def _to_the_end(request: Instance) -> Instance:
     """The same request; if it measures fluency, one that a short answer does not end."""
     if request.doc["metric"] != "fluency":
         return request

@@ -10,10 +10,11 @@ is half-imported when PyTorch calls us. So the method itself checks all that it 
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from mergekit.merge_methods.base import (
@@ -30,11 +31,15 @@ from mergekit.merge_methods.base import (
 from pydantic import Field
 
 from ...errors import report_in_one_line
+from ...merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
 from ...merging.equations import merge
-from ...storage.atomic import refused_in_one_line, written_aside
+from ...storage.atomic import refused_in_one_line, replaced_folder
 from ...storage.replacing import note_files
 from .. import MERGEKIT
 from .output import check_output
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
 
 # Weights beyond 1 (more than the training did) and below 0 (forgetting) are known practice; 80 is a percentage.
 Weight = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]
@@ -54,8 +59,8 @@ class KnowledgeMerge(MergeMethod):
         pretty_name="MM4KE (Model Merging for Knowledge Editing)",
         reference_url="https://arxiv.org/abs/2506.12384",
         parameters=(
-            ParameterSpec("weight", Weight, ParameterScope.NON_BASE, default=0.8),
-            ParameterSpec("density", Density, ParameterScope.NON_BASE, default=0.8),
+            ParameterSpec("weight", Weight, ParameterScope.NON_BASE, default=DEFAULT_WEIGHT),
+            ParameterSpec("density", Density, ParameterScope.NON_BASE, default=DEFAULT_DENSITY),
         ),
         contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
         # An output head that only the base stores is the base's.
@@ -93,7 +98,7 @@ class KnowledgeMerge(MergeMethod):
 METHOD = KnowledgeMerge()
 
 
-def register(module) -> None:
+def register(module: ModuleType) -> None:
     """Called once for each seam, right after mergekit has executed it."""
     {
         "mergekit.merge_methods.registry": register_method,
@@ -101,7 +106,7 @@ def register(module) -> None:
     }[module.__name__](module)
 
 
-def register_method(registry) -> None:
+def register_method(registry: ModuleType) -> None:
     """Make the method known by its name, unless an entry point (see third_party_patches) has done so, and have
     mergekit's commands check their recipes."""
     if METHOD.spec.name not in {method.spec.name for method in registry.registered_methods()}:
@@ -121,7 +126,7 @@ def register_method(registry) -> None:
     MergeOptions.apply_global_options = check_command_and_apply
 
 
-def replace_run_merge(module) -> None:
+def replace_run_merge(module: ModuleType) -> None:
     """Have recipes with our method checked first and their result written aside; all others run as before."""
     from .caches import models_as_they_are
     from .commands import check_method, for_legacy
@@ -134,7 +139,7 @@ def replace_run_merge(module) -> None:
     run_merge = module.run_merge
 
     @contextmanager
-    def own_parts():
+    def own_parts() -> Iterator[None]:
         """For as long as this is open `run_merge` works with our parts; otherwise mergekit's names are mergekit's."""
         ours = {
             "MergePlanner": functools.partial(Planner, METHOD.spec.name),
@@ -161,7 +166,7 @@ def replace_run_merge(module) -> None:
         with models_as_they_are(), deltas_as_models(merge_config, options) as (config, names):
             check_models(config, options)
             heads = Heads(config)
-            with refused_in_one_line(Path(out_path)), written_aside(Path(out_path).resolve()) as folder, own_parts():
+            with refused_in_one_line(Path(out_path)), replaced_folder(Path(out_path).resolve()) as folder, own_parts():
                 run_merge(round_at_the_end(config), str(folder), options, config_source)
                 if options.unsafe_truncate_embeddings:
                     write_vocabulary_size(folder, config, options)
@@ -175,7 +180,7 @@ def replace_run_merge(module) -> None:
     module.run_merge = check_and_run_merge
 
 
-def round_at_the_end(merge_config):
+def round_at_the_end(merge_config: "MergeConfiguration") -> "MergeConfiguration":
     """The same recipe, with `dtype` meaning what it means to users: the dtype of the result.
 
     mergekit casts the inputs to `dtype`, which would round a float32 R-SFT tensor before its delta is taken.

@@ -35,7 +35,7 @@ class Heads:
     Raises MM4KEError for an edited model that has none: not tied and not stored.
     """
 
-    def __init__(self, config: MergeConfiguration):
+    def __init__(self, config: MergeConfiguration) -> None:
         models = [config.base_model, *(set(config.referenced_models()) - {config.base_model})]
         self.untied: list[tuple[str, str]] = []  # what the base ties and an edited model does not
         if config.base_model is None or None in (names := [names_in(model) for model in models]):

@@ -3,9 +3,13 @@
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import MM4KEError
 from ...storage.replacing import has_record, refuse_to_replace, users_files
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
 
 # What mergekit and the tokenizers that it saves call their files; those of models come from its writer.
 NAMES = {
@@ -23,7 +27,7 @@ def is_mergekits(name: str) -> bool:
     return name in NAMES or bool(WEIGHTS.fullmatch(name))
 
 
-def check_output(out_path: str, merge_config) -> None:
+def check_output(out_path: str, merge_config: "MergeConfiguration") -> None:
     """Refuse to replace anything but an empty folder or an earlier result, and anything that the merge reads.
 
     Results of mergekit's other methods count by their model card's recipe and by the names of their files.

@@ -9,6 +9,7 @@ models are merged tensor by tensor: every tensor of the base gets its delta, und
 import re
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 from mergekit.architecture import WeightInfo, get_architecture_info
 from mergekit.architecture.base import ConfiguredModelArchitecture
@@ -54,7 +55,7 @@ def takes_models_as_they_are(config: MergeConfiguration, options: MergeOptions) 
 class Planner(MergePlanner):
     """mergekit's planner, but for a recipe of ours whose models don't store what mergekit lists."""
 
-    def __init__(self, method_name: str, config: MergeConfiguration, *args, **kwargs):
+    def __init__(self, method_name: str, config: MergeConfiguration, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._names: list[str] = []  # of the tensors to merge, where mergekit's list is not used
         if config.merge_method == method_name and takes_models_as_they_are(config, self.options):

@@ -47,7 +47,7 @@ class PlannedTensor:
 class StreamingExecutor:
     """Takes the place of mergekit's `Executor` in `run_merge`, and hands over to it what can't be streamed."""
 
-    def __init__(self, method_name: str, targets: Sequence[Task], **devices: Any):
+    def __init__(self, method_name: str, targets: Sequence[Task], **devices: Any) -> None:
         self.targets, self.devices = targets, devices
         self.planned = plan(method_name, targets)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ...errors import MM4KEError, first_line, report_in_one_line
+from ...errors import MM4KEError, first_line, report_in_one_line, require_report_extra
 from ..dataset import read_facts
 from ..metrics import exact_match, ngram_entropy, questions_of
 from ..records import Record
@@ -96,9 +96,11 @@ def documents(
     Without a `knowedit_file`, `knowedit_facts` reads recipes/facts.json of the working directory, and the others the
     test file of their data set on the hub.
 
-    Raises MM4KEError: no such file, the hub can't be reached, what `read_facts` raises.
+    Raises MM4KEError: no such file, the hub can't be reached, no NLTK for the fluency, what `read_facts` raises.
     """
     report_in_one_line()
+    if metric == "fluency":
+        require_report_extra(f"{group}_fluency", "nltk")  # now, not when all texts are generated
     if knowedit_limit is not None and (not isinstance(knowedit_limit, int) or knowedit_limit < 1):
         raise MM4KEError(f"--metadata knowedit_limit={knowedit_limit}: give how many records to read, at least 1")
     path = Path(str(knowedit_file)) if knowedit_file else _default_file(group)
