@@ -120,13 +120,14 @@ def prepare_data(sources: tuple[Path, ...], output: Path) -> None:
     as their authors give them or with one record a line. Where lm-eval can reach the hub or has its data already,
     this isn't needed: use recipes/general.yaml.
     """
-    from tqdm import tqdm
+    from rich.console import Console
+    from rich.progress import track
 
     from .general.prepare import find_files, read_sources, write_benchmarks
     from .general.sources import BENCHMARKS
 
     files = find_files(sources, output)
-    tables, left_out = read_sources(tqdm(files, desc="reading", unit=" files", leave=False))
+    tables, left_out = read_sources(track(files, "reading", console=Console(stderr=True), transient=True))
     for path in left_out:
         click.echo(f"left out, not a file that lm-eval's tasks use: {path}")
     if not tables:

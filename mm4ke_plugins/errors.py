@@ -9,8 +9,6 @@ import sys
 from importlib.util import find_spec
 from types import TracebackType
 
-from tqdm import tqdm
-
 
 class MM4KEError(ValueError):
     """A mistake in the user's input. `str(error)` is the one line that the user sees."""
@@ -40,8 +38,9 @@ def report_in_one_line() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, MM4KEError):
-            for bar in list(getattr(tqdm, "_instances", ())):
-                bar.close()  # or the line would go on where the bar ends
+            # The hosts' bars, or the line would go on where one ends.
+            for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
+                bar.close()
             print(f"mm4ke: error: {error}", file=sys.stderr)
         else:
             previous(kind, error, trace)

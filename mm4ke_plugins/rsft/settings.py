@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import MM4KEError
+from ..merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Settings:
     loss_threshold: float = 0.1
     num_epochs: int = 5
     learning_rate: float = 5e-4
-    weight: float = 0.8
-    density: float = 0.8
+    weight: float = DEFAULT_WEIGHT
+    density: float = DEFAULT_DENSITY
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layers(self.layers))
@@ -41,12 +42,12 @@ class Settings:
             (
                 "weight",
                 lambda value: _is_number(value) and value != 0,
-                "give a finite number other than 0 (default 0.8)",
+                f"give a finite number other than 0 (default {DEFAULT_WEIGHT})",
             ),
             (
                 "density",
                 lambda value: _is_positive(value) and value <= 1,
-                "give a share above 0, up to 1 (default 0.8)",
+                f"give a share above 0, up to 1 (default {DEFAULT_DENSITY})",
             ),
         ):
             if not right(value := getattr(self, key)):
