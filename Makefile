@@ -1,9 +1,10 @@
-# Four commands on a machine with Python 3.11+, make and git:
+# Five commands on a machine with Python 3.11+, make and git:
 #
 #     make edit    teach SmolLM2-135M-Instruct the facts in recipes/facts.json, and show what that did
 #     make test    check the code's form (make lint), and run the whole test suite
 #     make faults  break every command in the middle, about 60 times, and show what was left of it
 #     make bench   measure speed and memory; FACTS=FILE takes other facts than recipes/facts.json
+#     make docs    write recipes/mm4ke.md, the reference of the command, anew
 #
 # All make the environment .venv first. Running them again redoes only what is missing or outdated.
 
@@ -14,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # OpenMP's threads sleep while they wait for each other. Spinning, training takes many times longer beside other work.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: edit lint test faults bench clean
+.PHONY: edit lint test faults bench docs clean
 .DELETE_ON_ERROR:
 
 edit: work/comparison/comparison.md work/report/report.html
@@ -83,6 +84,9 @@ bench: $(BIN)/.test work/base/config.json
 	python tests/benchmarks/merge.py
 	python tests/benchmarks/top_p.py
 	python tests/benchmarks/knowledge_delta.py sizes
+
+docs: $(BIN)/.test
+	python tests/reference.py
 
 $(BIN)/.hosts: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \

@@ -121,13 +121,14 @@ def prepare_data(sources: tuple[Path, ...], output: Path) -> None:
     this isn't needed: use recipes/general.yaml.
     """
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     from .general.prepare import find_files, read_sources, write_benchmarks
     from .general.sources import BENCHMARKS
 
     files = find_files(sources, output)
-    tables, left_out = read_sources(track(files, "reading", console=Console(stderr=True), transient=True))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        tables, left_out = read_sources(progress.track(files, description="reading"))
     for path in left_out:
         click.echo(f"left out, not a file that lm-eval's tasks use: {path}")
     if not tables:
