@@ -1,13 +1,53 @@
-"""Models and tokenizers from folders, and what is refused."""
+"""Models and tokenizers from folders and from the hub, and what is refused."""
 
+import re
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..errors import MM4KEError, first_line
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+# A repository often has the same weights in other formats beside these.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a model's name is a hub id such as org/name. A folder of this name goes before."""
+    return HUB_ID.fullmatch(str(name)) is not None and not Path(name).is_dir()
+
+
+def in_recipe(name: str | Path) -> str:
+    """A model's name as mergekit takes it: a hub id as it is, and a folder so that it can't be one."""
+    text = str(name)
+    return text if is_hub_id(name) or text.startswith(("/", "./", "../")) else f"./{text}"
+
+
+def find_model(name: str | Path, option: str, title: str, revision: str | None = None) -> Path:
+    """The folder of a model that is given as a folder or as a hub id.
+
+    What the hub's cache does not have of it is downloaded, unless HF_HUB_OFFLINE says not to. `option` and `title` are
+    what a message calls the model.
+
+    Raises MM4KEError: no such folder, no model in it, or the hub's model is not to be had.
+    """
+    if not is_hub_id(name):
+        require_model_folder(Path(name), option, title)
+        return Path(name)
+    try:
+        folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError, HTTPError) as error:
+        raise MM4KEError(
+            f"{option}: no such folder, and not to be had from the hub ({first_line(error)}); "
+            f"give the folder of the {title} model"
+        ) from None
+    require_model_folder(folder, option, title)
+    return folder
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
