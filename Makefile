@@ -88,6 +88,7 @@ bench: $(BIN)/.test work/base/config.json
 	python tests/benchmarks/startup.py
 	python tests/benchmarks/rsft.py --facts $(BENCH_FACTS) 2> /dev/null
 	python tests/benchmarks/breadth_first.py --facts $(BENCH_FACTS) 2> /dev/null
+	python tests/benchmarks/free_answers.py --facts $(BENCH_FACTS) 2> /dev/null
 	python tests/benchmarks/scaling.py
 	python tests/benchmarks/merge.py
 	python tests/benchmarks/top_p.py

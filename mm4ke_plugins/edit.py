@@ -4,7 +4,8 @@ What a user of the hosts does by hand: write the two recipes, train, merge, comp
 folder and each command is shown before it runs, so that every step can be changed and repeated without us.
 
 As in make, a step runs when what it makes is missing or older than what it is made from. So a run that was interrupted
-goes on, and a recipe that was changed is trained or merged again.
+goes on, and a recipe that was changed is run again. Whether a training may go on from what is there, LLaMA-Factory
+says, with our hook.
 """
 
 import os
@@ -31,14 +32,14 @@ from .knowedit.records import read_records
 from .rsft.layers import ffn_parameter_names
 from .storage.atomic import refused_in_one_line, replace_text
 from .storage.checkpoint import is_safetensors, tensor_files
-from .storage.models import in_recipe, is_hub_id, require_model_folder
+from .storage.models import is_hub_id, local_path, model_name, require_model_folder
 
 LAYER = 5
 # The paper's rate is for 7B. 1.5B learns by it as well; 135M needs more to learn in five epochs.
 SMALL_MODEL, SMALL_MODELS_RATE, PAPERS_RATE = 1e9, "1.0e-3", "5.0e-4"
-# What is made in the output folder, and how an unfinished one is called that a kill left beside it.
-OURS = "facts|rsft.yaml|rsft|rsft.delta.safetensors|merge.yaml|merged|comparison"
-MADE = re.compile(rf"({OURS})|\.({OURS})\.mm4ke-\w+")
+# What is made in the output folder, and what a kill leaves of it unfinished.
+MADE = ("rsft.yaml", "merge.yaml", "facts", "rsft", "rsft.delta.safetensors", "merged", "comparison")
+UNFINISHED = re.compile(r"\..+\.mm4ke-\w+")
 # What makes a recipe that of this edit. All other values are the user's to change.
 IDENTITY = ("model_name_or_path", "template", "dataset_dir", "dataset", "rsft_layers", "output_dir", "base_model")
 
@@ -160,10 +161,10 @@ def edit(
 
     steps = _steps(model, facts, output, limit, allow_contradictions)
     values |= {
-        "model": _scalar(in_recipe(model)),
+        "model": _scalar(model_name(model)),
         "template": _scalar(template),
         "facts": _scalar(str(output / "facts")),
-        "trained": _scalar(in_recipe(output / "rsft")),
+        "trained": _scalar(local_path(output / "rsft")),
     }
     recipes = {
         output / "rsft.yaml": TRAINING.substitute(values, command=shlex.join(steps[1].command)),
@@ -220,8 +221,9 @@ def _settings(model: str, layer: int) -> dict[str, object]:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
+        what = "no such folder, and not to be had from the hub" if is_hub_id(model) else "no model that can be trained"
         raise MM4KEError(
-            f"{option}: {first_line(error)}; give a model's folder or a hub id such as org/name"
+            f"{option}: {what} ({first_line(error)}); give a folder or a hub id such as org/name"
         ) from None
     try:
         ffn_parameter_names(skeleton, [layer], ["ffn"])
@@ -251,8 +253,9 @@ def _check_output(output: Path, dataset: str, facts: Path) -> None:
         return
     if not output.is_dir():
         raise MM4KEError(f"{option}: is a file; give a new folder")
-    there = sorted(path.name for path in output.iterdir())
-    others = [name for name in there if not MADE.fullmatch(name) or "rsft.yaml" not in there]
+    there = sorted(path.name for path in output.iterdir() if not UNFINISHED.fullmatch(path.name))
+    # The recipe is written first: without it, also these are somebody else's.
+    others = [name for name in there if name not in MADE or MADE[0] not in there]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise MM4KEError(

@@ -6,13 +6,14 @@ import subprocess
 
 import pytest
 import yaml
-from conftest import run_command
+from conftest import ROOT, run_command
 from safetensors.torch import load_file
 from tiny import as_hub_model, make_tiny_model
 
 from mm4ke_plugins.edit import CommandFailed, Step, edit
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.hosts import LLAMAFACTORY
+from mm4ke_plugins.storage.models import local_path, model_name
 
 FACTS = [{"prompt": f"Who rules {name}?", "target_new": f"King {name[::-1]}"} for name in ("Oz", "Ur", "Ix")]
 MODELS = "--base someone/model --rsft out/an edit/rsft --merged out/an edit/merged"
@@ -128,6 +129,38 @@ def test_the_status_is_the_shells(returncode, status):
     assert CommandFailed(command, subprocess.run(command, check=False).returncode).status == status
 
 
+def test_make_edit_takes_another_model():
+    """And without one it is the example of this repository."""
+    for given, command in (
+        (
+            ["MODEL=org/name", "FACTS=my facts.csv", "TEMPLATE=qwen"],
+            "mm4ke edit --model 'org/name' --facts 'my facts.csv'",
+        ),
+        (["FACTS=facts.csv"], "mm4ke edit"),
+        ([], "llamafactory-cli train recipes/rsft.yaml"),
+    ):
+        shown = subprocess.run(
+            ["make", "--dry-run", "edit", *given], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        assert command in shown
+        assert ("mm4ke edit" in shown) == bool(given)
+
+
+def test_what_is_on_the_disk_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    names = ("org/name", "here/model", "/here/model", "../model", "a/b/c", "model")
+    assert [model_name(name) for name in names] == [
+        "org/name",
+        "./here/model",
+        "/here/model",
+        "../model",
+        "./a/b/c",
+        "./model",
+    ]
+    assert local_path("out/rsft") == "./out/rsft"
+
+
 # ---- what is refused ----
 
 
@@ -159,7 +192,10 @@ def refused(arguments, message):
     [
         ({"model": "./nowhere"}, r"^--model ./nowhere: no such folder; give the folder of the base model"),
         ({"model": "nowhere"}, r"^--model nowhere: no such folder; give"),
-        ({"model": "org/nowhere"}, r"^--model org/nowhere: .*; give a model's folder or a hub id such as org/name"),
+        (
+            {"model": "org/nowhere"},
+            r"^--model org/nowhere: no such folder, and not to be had from the hub .*; give a folder or",
+        ),
         ({"model": "org/name@main"}, r"^--model org/name@main: mergekit reads"),
         ({"template": "smolm2"}, r"^--template smolm2: LLaMA-Factory knows no .*; did you mean smollm2 or smollm.*\?"),
         ({"template": "zzzzzz"}, r"^--template zzzzzz: LLaMA-Factory knows no .*; there are smollm2, qwen, llama3"),

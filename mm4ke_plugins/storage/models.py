@@ -18,14 +18,19 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether a model's name is a hub id such as org/name. A folder of this name goes before."""
-    return HUB_ID.fullmatch(str(name)) is not None and not Path(name).is_dir()
+    """Whether a model's name is a hub id such as org/name. What is on the disk by this name goes before."""
+    return HUB_ID.fullmatch(str(name)) is not None and not Path(name).exists()
 
 
-def in_recipe(name: str | Path) -> str:
-    """A model's name as mergekit takes it: a hub id as it is, and a folder so that it can't be one."""
-    text = str(name)
-    return text if is_hub_id(name) or text.startswith(("/", "./", "../")) else f"./{text}"
+def local_path(path: str | Path) -> str:
+    """A path such as out/rsft as mergekit does not take it for a hub id."""
+    text = str(path)
+    return text if text.startswith(("/", "./", "../")) else f"./{text}"
+
+
+def model_name(name: str | Path) -> str:
+    """A model's hub id, or the path of its folder, as mergekit takes it."""
+    return str(name) if is_hub_id(name) else local_path(name)
 
 
 def find_model(name: str | Path, option: str, title: str, revision: str | None = None) -> Path:

@@ -26,7 +26,7 @@ from ..errors import MM4KEError
 from ..knowedit.metrics import METRICS
 from ..report.figures import MARKERS
 from ..storage.atomic import refused_in_one_line, written_aside
-from ..storage.models import in_recipe, is_hub_id
+from ..storage.models import is_hub_id, local_path, model_name
 from ..storage.replacing import refuse_to_replace, users_files
 from .choose import DEFAULT
 from .points import HALVES, Point, title
@@ -215,8 +215,8 @@ def merge_recipe(result: dict[str, Any], output: Path) -> str:
 
     recipe = {
         "merge_method": "mm4ke",
-        "base_model": in_recipe(result["base"]),
-        "models": [{"model": in_recipe(edited), "parameters": {"weight": setting(0), "density": setting(1)}}],
+        "base_model": model_name(result["base"]),
+        "models": [{"model": local_path(edited), "parameters": {"weight": setting(0), "density": setting(1)}}],
     }
     scores = result["picked"]["scores"]["confirmation"]
     measured = ", ".join(f"{TITLES[name]} {scores[name]:.3f}" for name in METRICS if scores[name] is not None)
