@@ -21,6 +21,7 @@ from string import Template
 import click
 import torch
 import yaml
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -32,7 +33,7 @@ from .knowedit.records import read_records
 from .rsft.layers import ffn_parameter_names
 from .storage.atomic import refused_in_one_line, replace_text
 from .storage.checkpoint import is_safetensors, tensor_files
-from .storage.models import is_hub_id, local_path, model_name, require_model_folder
+from .storage.models import find_model, is_hub_id, local_path, model_name, require_model_folder
 
 LAYER = 5
 # The paper's rate is for 7B. 1.5B learns by it as well; 135M needs more to learn in five epochs.
@@ -41,7 +42,7 @@ SMALL_MODEL, SMALL_MODELS_RATE, PAPERS_RATE = 1e9, "1.0e-3", "5.0e-4"
 MADE = ("rsft.yaml", "merge.yaml", "facts", "rsft", "rsft.delta.safetensors", "merged", "comparison")
 UNFINISHED = re.compile(r"\..+\.mm4ke-\w+")
 # What makes a recipe that of this edit. All other values are the user's to change.
-IDENTITY = ("model_name_or_path", "template", "dataset_dir", "dataset", "rsft_layers", "output_dir", "base_model")
+IDENTITY = ("model_name_or_path", "template", "dataset_dir", "dataset", "rsft_layers", "output_dir")
 
 TRAINING = Template("""\
 # Teach the model the facts by robust supervised fine-tuning (R-SFT).
@@ -94,7 +95,7 @@ MERGING = Template("""\
 # `mm4ke edit` wrote this for the folder that it ran in, and keeps what is changed here.
 
 merge_method: mm4ke
-base_model: $model
+base_model: $base
 models:
   - model: $trained
     parameters:
@@ -162,6 +163,7 @@ def edit(
     steps = _steps(model, facts, output, limit, allow_contradictions)
     values |= {
         "model": _scalar(model_name(model)),
+        "base": _scalar(_for_mergekit(model)),
         "template": _scalar(template),
         "facts": _scalar(str(output / "facts")),
         "trained": _scalar(local_path(output / "rsft")),
@@ -287,6 +289,13 @@ def _is_there(path: Path, wanted: dict) -> bool:
 
 
 # ---- what is written and run ----
+
+
+def _for_mergekit(model: str) -> str:
+    """The model as mergekit finds it. It asks the hub even for what is in the hub's cache, so offline it gets that."""
+    if is_hub_id(model) and constants.HF_HUB_OFFLINE:
+        return str(find_model(model, f"--model {model}", "base"))
+    return model_name(model)
 
 
 def _scalar(text: str) -> str:

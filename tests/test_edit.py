@@ -237,10 +237,6 @@ def another_template(output):
     (output / "rsft.yaml").write_text((output / "rsft.yaml").read_text().replace("smollm2", "qwen"))
 
 
-def another_base(output):
-    (output / "merge.yaml").write_text((output / "merge.yaml").read_text().replace("/model", "/other"))
-
-
 def other_facts(output):
     (output / "facts" / "facts.json").write_text("[]")
 
