@@ -255,10 +255,6 @@ def broken_recipe(output):
             r"^--output .*/out: has another edit: rsft.yaml says template: qwen, and not smollm2; give",
         ),
         (
-            another_base,
-            r"^--output .*/out: has another edit: merge.yaml says base_model: .*other, and not .*model; give",
-        ),
-        (
             other_facts,
             r"^--output .*/out: has an edit with other facts than --facts .*facts.json; give another folder",
         ),
