@@ -1,6 +1,8 @@
 # Five commands on a machine with Python 3.11+, make and git:
 #
 #     make edit    teach SmolLM2-135M-Instruct the facts in recipes/facts.json, and show what that did
+#                  MODEL=org/name FACTS=FILE TEMPLATE=NAME: another model (a folder or a hub id) and other facts, by
+#                  `mm4ke edit`, which says what it runs; OUTPUT=DIR takes another folder than work/edit
 #     make test    check the code's form (make lint), and run the whole test suite
 #     make faults  break every command in the middle, about 60 times, and show what was left of it
 #     make bench   measure speed and memory; FACTS=FILE takes other facts than recipes/facts.json
@@ -18,10 +20,17 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: edit lint test faults bench docs clean
 .DELETE_ON_ERROR:
 
+# Any one of the three, so that a command which lacks the others says so instead of showing the example.
+ifneq ($(MODEL)$(FACTS)$(TEMPLATE),)
+edit: $(BIN)/.hosts
+	mm4ke edit $(if $(MODEL),--model '$(MODEL)') $(if $(FACTS),--facts '$(FACTS)') \
+		$(if $(TEMPLATE),--template '$(TEMPLATE)') $(if $(OUTPUT),--output '$(OUTPUT)')
+else
 edit: work/comparison/comparison.md work/report/report.html
 	@cat $<
 	@echo "This table: $<   The edited model: out/"
 	@echo "The report: $(CURDIR)/work/report/report.html"
+endif
 
 # Of other facts or another recipe, training refuses what is there. Where it is the facts, another command may have put
 # its own into work/facts.
@@ -74,12 +83,13 @@ test: lint
 faults: $(BIN)/.test
 	python tests/faults.py
 
-FACTS ?= recipes/facts.json
+BENCH_FACTS = $(or $(FACTS),recipes/facts.json)
 
 bench: $(BIN)/.test work/base/config.json
 	python tests/benchmarks/startup.py
-	python tests/benchmarks/rsft.py --facts $(FACTS) 2> /dev/null
-	python tests/benchmarks/breadth_first.py --facts $(FACTS) 2> /dev/null
+	python tests/benchmarks/rsft.py --facts $(BENCH_FACTS) 2> /dev/null
+	python tests/benchmarks/breadth_first.py --facts $(BENCH_FACTS) 2> /dev/null
+	python tests/benchmarks/free_answers.py --facts $(BENCH_FACTS) 2> /dev/null
 	python tests/benchmarks/scaling.py
 	python tests/benchmarks/merge.py
 	python tests/benchmarks/top_p.py

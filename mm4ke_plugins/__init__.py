@@ -8,6 +8,7 @@
     general/        lm-eval's benchmarks of general ability from raw files
     sweep/          the choice of weight and density
     comparison.py   base, R-SFT and merged model side by side, without another host
+    edit.py         facts, training, merge and comparison by the hosts' own commands
     report/         one page of what lm-eval's runs say
     hosts/          LLaMA-Factory, mergekit, EasyEdit, lm-eval: one thin adapter for each, in a folder of its own
     activation.py   how unmodified hosts find us; doctor.py: whether they do

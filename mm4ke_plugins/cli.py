@@ -89,13 +89,50 @@ def model(link: Path) -> None:
 
 
 @cli.command()
-@click.option("--base", type=PATH, required=True, metavar="DIR", help="The model before editing.")
-@click.option("--rsft", type=PATH, required=True, metavar="DIR", help="The model after R-SFT.")
-@click.option("--merged", type=PATH, required=True, metavar="DIR", help="The merged model.")
+@click.option("--model", required=True, metavar="MODEL", help="The model to edit: a folder, or a hub id as org/name.")
+@click.option("--facts", type=PATH, required=True, metavar="FILE", help="The facts, as `mm4ke facts` reads them.")
+@click.option(
+    "--template", required=True, metavar="NAME", help="LLaMA-Factory's name of the model's chat format, such as qwen."
+)
+@click.option("--output", type=PATH, default="work/edit", show_default=True, metavar="DIR")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Teach and ask only the first N records.")
+@click.option("--allow-contradictions", is_flag=True, help="Of contradicting facts keep the later one, and go on.")
+@click.option(
+    "--layer", type=click.IntRange(min=0), default=5, show_default=True, help="The layer whose FFN is trained."
+)
+def edit(output: Path, **options) -> None:
+    """Teach MODEL the facts in FILE, by the commands of LLaMA-Factory and mergekit, and show what that did.
+
+    Each command is shown before it runs; these are what one would type by hand. A base model without a chat format
+    takes --template empty. The output folder gets
+
+    \b
+      facts/        the data set           rsft.yaml   the recipe of the training, for this model and machine
+      rsft/         the trained model      merge.yaml  the recipe of the merge
+      merged/       the edited model
+      comparison/   base, trained and edited model side by side
+
+    Given again, it goes on where it was interrupted, and does what a changed recipe asks for. An output folder with
+    another edit, or with anything else in it, is refused. Where a host's command fails, this exits with its status.
+    """
+    from .edit import CommandFailed, edit
+
+    try:
+        merged = edit(output=output, **options)
+    except CommandFailed as failed:
+        click.echo(f"mm4ke: error: {failed}", err=True)
+        raise SystemExit(failed.status) from None
+    click.echo(f"\nThe edited model: {merged}   What that did: {output / 'comparison' / 'comparison.md'}")
+
+
+@cli.command()
+@click.option("--base", required=True, metavar="MODEL", help="The model before editing: a folder or a hub id.")
+@click.option("--rsft", required=True, metavar="MODEL", help="The model after R-SFT.")
+@click.option("--merged", required=True, metavar="MODEL", help="The merged model.")
 @click.option("--facts", type=PATH, required=True, metavar="FILE", help="The facts, as `mm4ke facts` reads them.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask only the first N records.")
 @click.option("--output", type=PATH, default="work/comparison", show_default=True, metavar="DIR")
-def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None, output: Path) -> None:
+def compare(base: str, rsft: str, merged: str, facts: Path, limit: int | None, output: Path) -> None:
     """Show what base, R-SFT and merged model answer, how they score and what changed on disk.
 
     Writes comparison.json and comparison.md to the output folder.
@@ -301,7 +338,7 @@ def diff_deltas(first: Path, second: Path, base: Path | None) -> None:
 
 
 @cli.command()
-@click.option("--base", type=PATH, required=True, metavar="DIR", help="The model before editing.")
+@click.option("--base", required=True, metavar="MODEL", help="The model before editing: a folder or a hub id.")
 @click.option("--edited", type=PATH, required=True, metavar="PATH", help="R-SFT's model, or an unfinished delta.")
 @click.option("--facts", type=PATH, required=True, metavar="FILE", help="The facts, as `mm4ke facts` reads them.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N records.")

@@ -36,7 +36,7 @@ from .knowedit.prompts import encode, prompt_formats
 from .report.markdown import markdown_table
 from .storage.atomic import locked_folder, refused_in_one_line, replace_text
 from .storage.checkpoint import open_tensors
-from .storage.models import load_model, load_tokenizer, require_model_folder, require_same_vocabulary
+from .storage.models import find_model, load_model, load_tokenizer, require_same_vocabulary
 from .storage.names import model_names
 
 TITLES = {"base": "base", "rsft": "R-SFT", "merged": "merged"}
@@ -45,8 +45,12 @@ FACTS_SHOWN = 5
 NAMES_SHOWN = 12
 
 
-def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None = None) -> dict[str, Any]:
+def compare(
+    base: str | Path, rsft: str | Path, merged: str | Path, facts: Path, limit: int | None = None
+) -> dict[str, Any]:
     """Score three checkpoints of one model on the records of `facts`, or of its first `limit`. Each is loaded once.
+
+    base, rsft, merged: folders or hub ids (see `find_model`)
 
     Float32 on a CPU, bfloat16 on a GPU. All three read the base's tokens, and the base's chat template or, where it
     has none, the one that LLaMA-Factory gave to the R-SFT model. Shows its progress on stderr.
@@ -55,17 +59,18 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
         facts, records  the file, and how many of its records were asked (see `read_facts`)
         precision       such as "float32 on cpu"
         free_format     the prompt format of the free answers: "chat", or "raw" without a chat template
-        models          for each of base, rsft and merged: folder, scores[prompt format][metric] (0 to 1, None
+        models          for each of base, rsft and merged: folder (as given), scores[prompt format][metric] (0 to 1, None
                         where no record has such probes), axes[prompt format][metric][axis], perplexity, disk (see
                         `disk_change`)
         answers         for the first facts: prompt, target_new and each model's free answer
         questions       each question, with scores[prompt format][model]
 
-    Raises MM4KEError: a folder is missing, holds no model, is damaged, or is of another model (shapes, vocabulary)
-    than the base; what `read_facts` raises.
+    Raises MM4KEError: a model is missing, is damaged, or is another one (shapes, vocabulary) than the base; what
+    `read_facts` raises.
     """
-    folders = {"base": base, "rsft": rsft, "merged": merged}
+    names = {"base": base, "rsft": rsft, "merged": merged}
     records = read_facts(facts, limit)
+    folders = {key: find_model(name, f"--{key} {name}", TITLES[key]) for key, name in names.items()}
     questions = questions_of(records)
     tokenizer = _common_tokenizer(folders)
     forms = prompt_formats(tokenizer)
@@ -94,7 +99,7 @@ def compare(base: Path, rsft: Path, merged: Path, facts: Path, limit: int | None
         # Damaged files and other shapes are found here, before the long work.
         for key, folder in folders.items():
             done = begin(key, "reading the files")
-            models[key] = {"folder": str(folder), "disk": disk_change(base, folder)}
+            models[key] = {"folder": str(names[key]), "disk": disk_change(folders["base"], folder)}
             done()
         for key, folder in folders.items():
             done = begin(key, "loading")
@@ -182,9 +187,7 @@ def disk_change(base: Path, folder: Path) -> dict[str, Any]:
 
 
 def _common_tokenizer(folders: dict[str, Path]) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, after checking that the folders are model folders with one vocabulary."""
-    for key, folder in folders.items():
-        require_model_folder(folder, f"--{key} {folder}", TITLES[key])
+    """The base's tokenizer, after checking that the models have one vocabulary."""
     base = load_tokenizer(folders["base"])
     for folder in (folders["rsft"], folders["merged"]):
         edited = load_tokenizer(folder)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import run_command
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny_model
+from tiny import as_hub_model, make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm4ke_plugins.comparison import compare, disk_change, write_report
@@ -163,6 +163,28 @@ def test_it_asks_what_facts_keeps_and_shows_every_axis(folders, tmp_path, capsys
 
 
 # ---- tensors on disk ----
+
+
+def test_a_hub_model_is_the_folder_in_the_hubs_cache(result, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    base, rsft, merged, facts = arguments(folders)
+    found = compare(as_hub_model(base, tmp_path), rsft, merged, facts, 6)
+    assert found["models"]["base"].pop("folder") == "someone/model"
+    assert found["models"]["base"] == {
+        key: value for key, value in result["models"]["base"].items() if key != "folder"
+    }
+    assert found["models"]["merged"] == result["models"]["merged"]
+    (tmp_path / "models--someone--model" / "snapshots" / ("0" * 40) / "config.json").unlink()
+    with pytest.raises(MM4KEError, match="^--merged someone/model: no config.json in it; give a model folder"):
+        compare(base, rsft, "someone/model", facts)
+
+
+def test_a_hub_model_that_is_not_to_be_had(folders):
+    base, rsft, _, facts = arguments(folders)
+    with pytest.raises(
+        MM4KEError, match=r"^--merged org/nowhere: no such folder, and not to be had .*; give the folder"
+    ):
+        compare(base, rsft, "org/nowhere", facts)
 
 
 def test_shards_are_read_as_one_model(folders, tmp_path):

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "general": ("knowedit.answers", "storage"),
     "report": ("knowedit", "storage"),
     "default_model": ("storage",),
-    "edit": ("rsft.layers", "storage"),
+    "edit": ("hosts", "hosts.llamafactory.templates", "knowedit", "rsft.layers", "storage"),
     "hosts": (),
     "hosts.llamafactory": ("hosts", "delta", "knowedit", "merging", "rsft", "storage"),
     "hosts.mergekit": ("hosts", "delta", "merging", "storage"),

@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 from conftest import run_command
 from safetensors.torch import load_file
-from tiny import make_tiny_model, tiny_tokenizer
+from tiny import as_hub_model, make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm4ke_plugins.cli import cli
@@ -83,6 +83,15 @@ def row_of(result, weight, density, layers=()):
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in set(tensor_files(folder).values()) for name, tensor in load_file(file).items()}
+
+
+def test_a_hub_model_as_base(home, result, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    base = as_hub_model(home / "base", tmp_path)
+    found = sweep(base, home / "rsft.delta", home / "facts.json", **GRID, early_stop=False, per_layer=False)
+    assert found["points"] == result["points"]
+    assert yaml.safe_load(merge_recipe(found, tmp_path))["base_model"] == "someone/model"
+    assert apply_command(found) is None
 
 
 # ---- measures ----

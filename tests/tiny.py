@@ -3,6 +3,7 @@
 They train and merge in a second and need no download.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -76,3 +77,12 @@ def make_tiny_model(
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def as_hub_model(folder: Path, cache: Path) -> str:
+    """Lay a copy of a model folder into the hub's cache, as a download leaves it, and return its hub id."""
+    repository, commit = cache / "models--someone--model", "0" * 40
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return "someone/model"

@@ -112,6 +112,16 @@ def consistent_records(records: list[Record], allow_contradictions: bool = False
     return found.kept
 
 
+def dataset_text(records: list[Record]) -> str:
+    """The data set of the records, as `write_dataset` writes it.
+
+    A JSON list, not JSONL: the datasets library reads "2019-05-01" in a JSONL column of dates as a datetime, and
+    LLaMA-Factory drops answers that are not strings.
+    """
+    facts = [{"instruction": record.prompt, "output": record.target_new} for record in records]
+    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_dataset(records: list[Record], folder: Path, name: str = "facts") -> Path:
     """Write `folder/name.json` and register it as `name` in `folder/dataset_info.json`. Returns the former's path.
 
@@ -124,7 +134,6 @@ def write_dataset(records: list[Record], folder: Path, name: str = "facts") -> P
         raise MM4KEError(f"--name: {name!r} cannot name a data set; use letters, digits, - and _")
     info_path, facts_path = folder / "dataset_info.json", folder / f"{name}.json"
     entry = {"file_name": facts_path.name, "columns": {"prompt": "instruction", "response": "output"}}
-    facts = [{"instruction": record.prompt, "output": record.target_new} for record in records]
     # Another run may register a data set of another name: neither entry may be lost.
     with refused_in_one_line(folder, "give a folder that can be written with --output"), locked_folder(folder):
         info = _read_info(info_path)
@@ -133,11 +142,9 @@ def write_dataset(records: list[Record], folder: Path, name: str = "facts") -> P
             raise MM4KEError(
                 f"{facts_path}: not replaced, because mm4ke did not write it; choose another --name or --output"
             )
-        # A JSON list, not JSONL: the datasets library reads "2019-05-01" in a JSONL column of dates as a
-        # datetime, and LLaMA-Factory drops answers that are not strings.
         # dataset_info.json is in ASCII because LLaMA-Factory opens it in the locale's encoding.
         replace_text(info_path, json.dumps(info | {name: entry}, indent=2) + "\n")
-        replace_text(facts_path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        replace_text(facts_path, dataset_text(records))
     return facts_path
 
 

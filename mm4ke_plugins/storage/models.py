@@ -1,16 +1,61 @@
-"""Models and tokenizers, loaded from folders with transformers; never from a hub.
+"""Models and tokenizers, from folders and from the hub.
 
 What is damaged, incomplete or of another model is refused with a message that names the folder.
 """
 
+import re
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..errors import MM4KEError, first_line
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+# A repository often has the same weights in other formats beside these.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a model's name is a hub id such as org/name. What is on the disk by this name goes before."""
+    return HUB_ID.fullmatch(str(name)) is not None and not Path(name).exists()
+
+
+def local_path(path: str | Path) -> str:
+    """A path such as out/rsft as mergekit does not take it for a hub id."""
+    text = str(path)
+    return text if text.startswith(("/", "./", "../")) else f"./{text}"
+
+
+def model_name(name: str | Path) -> str:
+    """A model's hub id, or the path of its folder, as mergekit takes it."""
+    return str(name) if is_hub_id(name) else local_path(name)
+
+
+def find_model(name: str | Path, option: str, title: str, revision: str | None = None) -> Path:
+    """The folder of a model that is given as a folder or as a hub id.
+
+    What the hub's cache does not have of it is downloaded, unless HF_HUB_OFFLINE says not to. `option` and `title` are
+    what a message calls the model.
+
+    Raises MM4KEError: no such folder, no model in it, or the hub's model is not to be had.
+    """
+    if not is_hub_id(name):
+        require_model_folder(Path(name), option, title)
+        return Path(name)
+    try:
+        folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError, HTTPError) as error:
+        raise MM4KEError(
+            f"{option}: no such folder, and not to be had from the hub ({first_line(error)}); "
+            f"give the folder of the {title} model"
+        ) from None
+    require_model_folder(folder, option, title)
+    return folder
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:

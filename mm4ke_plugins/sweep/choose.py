@@ -48,7 +48,7 @@ from ..knowedit.metrics import neutral_text
 from ..knowedit.prompts import prompt_formats
 from ..merging.choice import choose
 from ..storage.atomic import scratch_folder
-from ..storage.models import load_model, load_tokenizer, require_model_folder, require_same_vocabulary
+from ..storage.models import find_model, load_model, load_tokenizer, require_model_folder, require_same_vocabulary
 from ..storage.tensors import FLOATS
 from .measure import Evaluator
 from .points import DEFAULT, DENSITIES, HALVES, KEEP, RSFT, WEIGHTS, Point, Row, title
@@ -57,7 +57,7 @@ GIVE_UP_AFTER = 2
 
 
 def sweep(
-    base: Path,
+    base: str | Path,
     edited: Path,
     facts: Path,
     *,
@@ -71,6 +71,7 @@ def sweep(
 ) -> dict[str, Any]:
     """Measure the grid of weights and densities and pick a point. Shows its progress on stderr.
 
+    base:       a folder or a hub id (see `find_model`)
     edited:     the folder of R-SFT's model, or an unfinished knowledge delta
     limit:      use only the first so many records of `facts`, of which duplicates are then left out (`read_facts`)
     keep:       the share of R-SFT's edit success that a point must keep
@@ -96,8 +97,8 @@ def sweep(
     records = read_facts(facts, limit)
     if len(records) < 2:
         raise MM4KEError(f"{facts}: 1 record; give at least 2, one half decides and the other confirms")
-    require_model_folder(base, f"--base {base}", "base")
-    tokenizer = load_tokenizer(base)
+    folder = find_model(base, f"--base {base}", "base")
+    tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template and (edited / "config.json").is_file():
         tokenizer.chat_template = load_tokenizer(edited).chat_template  # what the facts were trained in
     prompt_format = prompt_format or prompt_formats(tokenizer)[-1]
@@ -105,9 +106,9 @@ def sweep(
         raise MM4KEError(f"{base}: the tokenizer has no chat template; add one, or use --prompt-format raw")
 
     with scratch_folder() as aside:
-        delta = _delta(base, tokenizer, edited, aside)
+        delta = _delta(folder, tokenizer, edited, aside)
         dtype = FLOATS[next(iter(delta.manifest.tensors.values())).base_dtype]
-        model = load_model(base, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(folder, dtype, "cuda" if torch.cuda.is_available() else "cpu")
         live = LiveDelta(model, delta)
     text = neutral_text()
     columns = TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()

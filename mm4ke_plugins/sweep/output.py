@@ -26,6 +26,7 @@ from ..errors import MM4KEError
 from ..knowedit.metrics import METRICS
 from ..report.figures import MARKERS
 from ..storage.atomic import refused_in_one_line, replaced_folder
+from ..storage.models import is_hub_id, local_path, model_name
 from ..storage.replacing import refuse_to_replace, users_files
 from .points import DEFAULT, HALVES, Point, title
 
@@ -213,8 +214,8 @@ def merge_recipe(result: dict[str, Any], output: Path) -> str:
 
     recipe = {
         "merge_method": "mm4ke",
-        "base_model": _local(result["base"]),
-        "models": [{"model": _local(edited), "parameters": {"weight": setting(0), "density": setting(1)}}],
+        "base_model": model_name(result["base"]),
+        "models": [{"model": local_path(edited), "parameters": {"weight": setting(0), "density": setting(1)}}],
     }
     scores = result["picked"]["scores"]["confirmation"]
     measured = ", ".join(f"{TITLES[name]} {scores[name]:.3f}" for name in METRICS if scores[name] is not None)
@@ -236,19 +237,17 @@ def merge_recipe(result: dict[str, Any], output: Path) -> str:
 
 
 def apply_command(result: dict[str, Any]) -> str | None:
-    """The command that applies the edit at the picked point; None where it can't: no delta, or layers that differ."""
+    """The command that applies the edit at the picked point; None where it can't.
+
+    It can't without a delta, where layers differ, and where the base is a hub id.
+    """
     point = _point(result["picked"])
-    if point.layers or Path(result["edited"]).is_dir():
+    if point.layers or Path(result["edited"]).is_dir() or is_hub_id(result["base"]):
         return None
     places = [result["base"], result["edited"], "-o", "out"]
     return shlex.join(
         ["mm4ke", "delta", "apply", *places, "--weight", str(point.weight), "--density", str(point.density)]
     )
-
-
-def _local(path: str) -> str:
-    """A path that mergekit does not take for a hub id."""
-    return path if path.startswith(("/", "./", "../")) else f"./{path}"
 
 
 # ---- figures ----

@@ -12,7 +12,6 @@ think, as in training.
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
@@ -29,17 +27,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...delta.format import load_delta
 from ...delta.live import LiveDelta
-from ...errors import MM4KEError, first_line, report_in_one_line
+from ...errors import MM4KEError, report_in_one_line
 from ...knowedit.metrics import predict_and_score
 from ...knowedit.prompts import Encoded
 from ...knowedit.tasks.utils import Response, Text, is_probe
 from ...merging.choice import choose
-from ...storage.models import load_tokenizer, require_model_folder, require_same_vocabulary
+from ...storage.models import find_model, load_tokenizer, require_same_vocabulary
 from .. import LM_EVAL
 
 # The key under which a cache of responses says which models gave them; lm-eval's own keys are hex digests.
 CACHE_OWNER = "mm4ke_models"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 Answering = Callable[..., list]
 UNKEYED = ("batch_size", "max_batch_size", "device")
 
@@ -69,9 +66,9 @@ class MM4KELM(HFLM):
         report_in_one_line()
         LM_EVAL.require_supported("--model mm4ke")
         title = "base" if knowledge_delta else "edited"
-        folder = _folder("pretrained", pretrained, title, arguments.get("revision"))
+        folder = find_model(str(pretrained), f"pretrained={pretrained}", title, arguments.get("revision"))
         identity = [_fingerprint(folder)]
-        base = _folder("reference", reference, "base") if reference else None
+        base = find_model(str(reference), f"reference={reference}", "base") if reference else None
         self._delta, self._choice = None, (weight, density)
         if knowledge_delta:
             self._delta = load_delta(Path(str(knowledge_delta)))
@@ -274,21 +271,6 @@ def _to_the_end(request: Instance) -> Instance:
         return request
     context, options = request.args
     return replace(request, arguments=(context, options | {"min_new_tokens": options["max_gen_toks"]}))
-
-
-def _folder(key: str, value: Any, title: str, revision: str | None = None) -> Path:
-    """The folder of a model that is given as a folder or as a hub id, which is downloaded."""
-    folder = Path(str(value))
-    if not folder.is_dir() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(value)):
-        try:
-            return Path(snapshot_download(str(value), revision=revision, allow_patterns=HUB_FILES))
-        except Exception as error:  # noqa: BLE001  (offline, no such model, no permission: as many kinds as ways)
-            raise MM4KEError(
-                f"{key}={value}: no such folder, and not to be had from the hub ({first_line(error)}); "
-                f"give the folder of the {title} model"
-            ) from None
-    require_model_folder(folder, f"{key}={value}", title)
-    return folder
 
 
 def _fingerprint(folder: Path) -> list:
