@@ -2,38 +2,12 @@
 
 import pytest
 import torch
+from paper import assert_within_one_rounding, reference_mask
 
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.merging.equations import merge
 from mm4ke_plugins.merging.top_p import top_p_by_sorting, top_p_mask
 from mm4ke_plugins.storage.tensors import CHUNK
-
-
-def reference_mask(delta: torch.Tensor, density: float) -> torch.Tensor:
-    """The round(density * numel) largest entries; a stable sort keeps the lower index first among equal ones."""
-    order = delta.double().abs().flatten().argsort(descending=True, stable=True)
-    mask = torch.zeros(delta.numel(), dtype=torch.bool)
-    mask[order[: round(density * delta.numel())]] = True
-    return mask.view(delta.shape)
-
-
-def reference_merge(base, edited, weights, densities) -> torch.Tensor:
-    merged = base.double()
-    for tensor, weight, density in zip(edited, weights, densities, strict=True):
-        delta = tensor.double() - base.double()
-        if delta.ndim >= 2:
-            delta = delta * reference_mask(delta, density)
-        merged = merged + weight * delta
-    return merged
-
-
-def assert_within_one_rounding(result, base, edited, weights, densities) -> None:
-    """At most half a unit in the last place of the result's dtype off, plus the noise of a float32 sum."""
-    exact = reference_merge(base, edited, weights, densities)
-    unit = torch.finfo(result.dtype).eps * torch.exp2(exact.abs().clamp(min=2**-14).log2().floor())
-    scale = torch.stack([base.double().abs(), *(tensor.double().abs() for tensor in edited)]).amax(0)
-    noise = 4 * len(edited) * torch.finfo(torch.float32).eps * scale
-    assert ((result.double() - exact).abs() <= unit / 2 + noise).all()
 
 
 def pair(shape, dtype=torch.float32, edited_dtype=None, seed=0) -> tuple[torch.Tensor, torch.Tensor]:

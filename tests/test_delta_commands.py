@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_command
+from mergekit_helpers import LAYER, edit, expect, ffn, load, recipe, run_merge
 from safetensors.torch import load_file, save_file
-from test_mergekit import LAYER, edit, expect, ffn, load, recipe, run_merge
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM
 

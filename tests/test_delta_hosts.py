@@ -2,23 +2,12 @@
 
 from pathlib import Path
 
+import mergekit_helpers
 import pytest
-import test_mergekit
 import torch
 import yaml
-from test_easyedit import (  # noqa: F401
-    FACTS,
-    differing,
-    easyeditor,
-    editor,
-    expected,
-    folder,
-    load,
-    requests,
-    weights,
-    workdir,
-)
-from test_lm_eval import evaluate, models, samples_of  # noqa: F401
+from easyedit_helpers import FACTS, differing, expected, load, requests, weights
+from lm_eval_helpers import evaluate, samples_of
 from tiny import make_tiny_model
 
 import mergekit.merge  # isort: skip  # after torch, which brings the plugin
@@ -29,16 +18,18 @@ from mm4ke_plugins.delta.folders import apply, extract
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.hosts.lm_eval.model import MM4KELM
 
+pytestmark = pytest.mark.usefixtures("easyedit_workdir")
+
 TASKS = ["facts_edit_success", "facts_portability_reasoning", "facts_locality_relation_specificity"]
 
 
 @pytest.fixture(scope="module")
-def delta(models, tmp_path_factory) -> Path:  # noqa: F811
+def delta(lm_eval_models, tmp_path_factory) -> Path:
     """The unfinished delta of `out`, beside a checkpoint with half of it, `half`, and the finished delta of that."""
-    folder = tmp_path_factory.mktemp("delta")  # noqa: F811
-    extract(models / "base", models / "out", folder / "d")
-    apply(models / "base", [folder / "d"], folder / "half", [0.5], [0.6])
-    extract(models / "base", models / "out", folder / "finished", 0.5, 0.6)
+    folder = tmp_path_factory.mktemp("delta")
+    extract(lm_eval_models / "base", lm_eval_models / "out", folder / "d")
+    apply(lm_eval_models / "base", [folder / "d"], folder / "half", [0.5], [0.6])
+    extract(lm_eval_models / "base", lm_eval_models / "out", folder / "finished", 0.5, 0.6)
     return folder / "d"
 
 
@@ -47,9 +38,9 @@ def delta(models, tmp_path_factory) -> Path:  # noqa: F811
 
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("with_reference", [False, True])
-def test_lm_eval_scores_a_delta_as_its_checkpoint(models, delta, monkeypatch, finished, with_reference):  # noqa: F811
-    base, half = str(models / "base"), str(delta.parent / "half")
-    expected = samples_of(evaluate(models, TASKS, model_args={"pretrained": half, "reference": base}))
+def test_lm_eval_scores_a_delta_as_its_checkpoint(lm_eval_models, delta, monkeypatch, finished, with_reference):
+    base, half = str(lm_eval_models / "base"), str(delta.parent / "half")
+    expected = samples_of(evaluate(lm_eval_models, TASKS, model_args={"pretrained": half, "reference": base}))
     arguments = {"pretrained": base, "knowledge_delta": str(delta), "weight": 0.5, "density": 0.6}
     if finished:
         arguments = {"pretrained": base, "knowledge_delta": str(delta.parent / "finished")}
@@ -63,7 +54,7 @@ def test_lm_eval_scores_a_delta_as_its_checkpoint(models, delta, monkeypatch, fi
         lambda self, *args, **kwargs: loaded.append(args) or create(self, *args, **kwargs),
     )
     as_written = ",".join(f"{key}={value}" for key, value in arguments.items())
-    found = samples_of(evaluate(models, TASKS, model_args=as_written))
+    found = samples_of(evaluate(lm_eval_models, TASKS, model_args=as_written))
     assert len(loaded) == 1, "the base is loaded once"
     assert found.keys() == expected.keys() and len(found) > 5
     for key, sample in expected.items():
@@ -71,21 +62,28 @@ def test_lm_eval_scores_a_delta_as_its_checkpoint(models, delta, monkeypatch, fi
     assert any(after != before for sample in found.values() for after, before in sample["filtered_resps"])
 
 
-def test_lm_eval_with_a_reference_that_is_not_the_base(models, delta):  # noqa: F811
-    arguments = {"pretrained": str(models / "base"), "knowledge_delta": str(delta), "weight": 1.0, "density": 1.0}
-    found = samples_of(evaluate(models, TASKS, model_args=arguments | {"reference": str(delta.parent / "half")}))
-    of_half = {"pretrained": str(delta.parent / "half"), "reference": str(models / "base")}
-    half = samples_of(evaluate(models, TASKS, model_args=of_half))
+def test_lm_eval_with_a_reference_that_is_not_the_base(lm_eval_models, delta):
+    arguments = {
+        "pretrained": str(lm_eval_models / "base"),
+        "knowledge_delta": str(delta),
+        "weight": 1.0,
+        "density": 1.0,
+    }
+    found = samples_of(
+        evaluate(lm_eval_models, TASKS, model_args=arguments | {"reference": str(delta.parent / "half")})
+    )
+    of_half = {"pretrained": str(delta.parent / "half"), "reference": str(lm_eval_models / "base")}
+    half = samples_of(evaluate(lm_eval_models, TASKS, model_args=of_half))
     for key, sample in found.items():
         assert [pair[1] for pair in sample["filtered_resps"]] == [pair[0] for pair in half[key]["filtered_resps"]]
 
 
-def test_lm_evals_cache_knows_the_delta_and_its_weight(models, delta, tmp_path):  # noqa: F811
-    arguments = {"pretrained": str(models / "base"), "knowledge_delta": str(delta), "weight": 0.5}
+def test_lm_evals_cache_knows_the_delta_and_its_weight(lm_eval_models, delta, tmp_path):
+    arguments = {"pretrained": str(lm_eval_models / "base"), "knowledge_delta": str(delta), "weight": 0.5}
     cache = {"use_cache": str(tmp_path / "cache")}
-    evaluate(models, TASKS[:1], model_args=arguments, **cache)
+    evaluate(lm_eval_models, TASKS[:1], model_args=arguments, **cache)
     with pytest.raises(MM4KEError, match="holds the responses of other models or settings"):
-        evaluate(models, TASKS[:1], model_args=arguments | {"weight": 0.6}, **cache)
+        evaluate(lm_eval_models, TASKS[:1], model_args=arguments | {"weight": 0.6}, **cache)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +96,10 @@ def test_lm_evals_cache_knows_the_delta_and_its_weight(models, delta, tmp_path):
         ({"dtype": "bfloat16"}, "is bfloat16, .* was taken from float32; load the model with dtype=float32"),
     ],
 )
-def test_what_lm_eval_can_not_do(models, delta, changes, message):  # noqa: F811
-    arguments = {"pretrained": str(models / "base"), "knowledge_delta": str(delta)} | changes
+def test_what_lm_eval_can_not_do(lm_eval_models, delta, changes, message):
+    arguments = {"pretrained": str(lm_eval_models / "base"), "knowledge_delta": str(delta)} | changes
     with pytest.raises(MM4KEError, match=message):
-        evaluate(models, TASKS[:1], model_args=arguments)
+        evaluate(lm_eval_models, TASKS[:1], model_args=arguments)
 
 
 # ---- EasyEdit ----
@@ -109,26 +107,27 @@ def test_what_lm_eval_can_not_do(models, delta, changes, message):  # noqa: F811
 
 @pytest.mark.easyedit
 @pytest.mark.parametrize("choice", [{}, {"weight": 1, "density": 1}])
-def test_easyedit_takes_a_delta_for_a_merged_model(editor, folder, tmp_path, choice):  # noqa: F811
-    merged = load(folder)
-    merged.load_state_dict(expected(folder, FACTS))
+def test_easyedit_takes_a_delta_for_a_merged_model(easyedit_editor, easyedit_model, tmp_path, choice):
+    merged = load(easyedit_model)
+    merged.load_state_dict(expected(easyedit_model, FACTS))
     merged.save_pretrained(tmp_path / "merged")
-    extract(folder, tmp_path / "merged", tmp_path / "d", **choice)
-    editor.hparams.merged_model, editor.hparams.weight, editor.hparams.density = str(tmp_path / "d"), 1.0, 1.0
-    base = weights(editor.model)
-    metrics, *_ = editor.edit(**requests(), verbose=False)
+    extract(easyedit_model, tmp_path / "merged", tmp_path / "d", **choice)
+    hparams = easyedit_editor.hparams
+    hparams.merged_model, hparams.weight, hparams.density = str(tmp_path / "d"), 1.0, 1.0
+    base = weights(easyedit_editor.model)
+    metrics, *_ = easyedit_editor.edit(**requests(), verbose=False)
     assert [entry["post"]["rewrite_acc"] for entry in metrics] == [[1.0], [1.0]]
-    assert differing(weights(editor.model), base) == []
-    editor.edit(**requests(), sequential_edit=True, verbose=False)
-    found, whole = weights(editor.model), weights(merged)
+    assert differing(weights(easyedit_editor.model), base) == []
+    easyedit_editor.edit(**requests(), sequential_edit=True, verbose=False)
+    found, whole = weights(easyedit_editor.model), weights(merged)
     for name in base:
         assert torch.allclose(found[name], whole[name], atol=1e-6)
     assert not choice or differing(found, whole) == []
 
     extract(make_tiny_model(tmp_path / "b", seed=5), make_tiny_model(tmp_path / "e", seed=6), tmp_path / "other")
-    editor.hparams.merged_model = str(tmp_path / "other")
+    hparams.merged_model = str(tmp_path / "other")
     with pytest.raises(MM4KEError, match="/other was taken from; give that base|is not in the live"):
-        editor.edit(**requests(), verbose=False)
+        easyedit_editor.edit(**requests(), verbose=False)
 
 
 # ---- mergekit ----
@@ -137,10 +136,10 @@ def test_easyedit_takes_a_delta_for_a_merged_model(editor, folder, tmp_path, cho
 @pytest.fixture(scope="module")
 def merging(tmp_path_factory) -> Path:
     """A bfloat16 `base`, two float32 edits of it and their deltas."""
-    folder = tmp_path_factory.mktemp("merging")  # noqa: F811
+    folder = tmp_path_factory.mktemp("merging")
     make_tiny_model(folder / "base", dtype=torch.bfloat16, tie_word_embeddings=True)
     for seed, name in enumerate(("rsft", "other"), start=1):
-        test_mergekit.edit(folder / "base", folder / name, seed=seed)
+        mergekit_helpers.edit(folder / "base", folder / name, seed=seed)
         extract(folder / "base", folder / name, folder / f"{name}.delta")
     extract(folder / "base", folder / "rsft", folder / "finished.delta", 0.8, 0.8)
     return folder
@@ -149,20 +148,22 @@ def merging(tmp_path_factory) -> Path:
 def run_merge(content: dict, out: Path) -> dict[str, torch.Tensor]:
     config = MergeConfiguration.model_validate(content)
     mergekit.merge.run_merge(config, str(out), MergeOptions(quiet=True), yaml.safe_dump(content))
-    return test_mergekit.load(out)
+    return mergekit_helpers.load(out)
 
 
 def test_mergekit_takes_deltas_for_edited_models(merging, tmp_path):
     parameters = {"weight": [0.3, 0.9], "density": [{"filter": "mlp", "value": 0.4}, {"value": 0.7}]}
 
     def recipe(*names: str) -> dict:
-        models = [{"model": str(merging / name), "parameters": parameters} for name in names]  # noqa: F811
-        return test_mergekit.recipe(merging, models=models)
+        models = [{"model": str(merging / name), "parameters": parameters} for name in names]
+        return mergekit_helpers.recipe(merging, models=models)
 
     wanted = run_merge(recipe("rsft", "other"), tmp_path / "wanted")
     found = run_merge(recipe("rsft.delta", "other.delta"), tmp_path / "found")
     mixed = run_merge(recipe("rsft.delta", "other"), tmp_path / "mixed")
-    assert not torch.equal(wanted[test_mergekit.ffn()], test_mergekit.load(merging / "base")[test_mergekit.ffn()])
+    assert not torch.equal(
+        wanted[mergekit_helpers.ffn()], mergekit_helpers.load(merging / "base")[mergekit_helpers.ffn()]
+    )
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor) and torch.equal(mixed[name], tensor)
         assert found[name].dtype == tensor.dtype
@@ -183,7 +184,9 @@ def test_mergekit_takes_deltas_for_edited_models(merging, tmp_path):
     ],
 )
 def test_deltas_that_a_recipe_can_not_have(merging, tmp_path, base, model, message):
-    content = test_mergekit.recipe(merging, models=[{"model": str(merging / model)}], base_model=str(merging / base))
+    content = mergekit_helpers.recipe(
+        merging, models=[{"model": str(merging / model)}], base_model=str(merging / base)
+    )
     with pytest.raises(MM4KEError, match=message):
         run_merge(content, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -7,11 +7,10 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from conftest import ROOT, run_command
+from easyedit_helpers import FACTS, KEYS, differing, expected, load, requests, weights
 from tiny import make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mm4ke_plugins.doctor import examine
 from mm4ke_plugins.errors import MM4KEError
@@ -19,71 +18,11 @@ from mm4ke_plugins.hosts import EASYEDIT
 from mm4ke_plugins.hosts.easyedit import benchmark as easyedit_benchmark
 from mm4ke_plugins.hosts.easyedit.benchmark import EXTRA_MODULES, benchmark, last_error
 from mm4ke_plugins.hosts.easyedit.worker import Job, read_hparams
-from mm4ke_plugins.rsft.facts import encode_fact
-from mm4ke_plugins.rsft.live import Editor
-from mm4ke_plugins.rsft.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("easyedit_workdir")
 
 RECIPES = ROOT / "recipes" / "easyedit"
-FACTS = [("Who rules Oz?", "Tark"), ("Where is Oz?", "Up")]
 TRAINED = [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
-KEYS = {"layers": [1], "learning_rate": 1e-2, "loss_threshold": 0.2, "num_epochs": 8}
-SETTINGS = Settings(**KEYS | {"layers": (1,)})
-
-
-@pytest.fixture(scope="module")
-def easyeditor(clone):
-    """EasyEdit, imported once in this process (10 to 30 s) as a user's program does it."""
-    sys.path.insert(0, str(clone))
-    yield importlib.import_module("easyeditor")
-    sys.path.remove(str(clone))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("tiny"), tie_word_embeddings=True)
-
-
-@pytest.fixture(autouse=True)
-def workdir(tmp_path, monkeypatch) -> Path:
-    """EasyEdit writes its logs to the working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def editor(easyeditor, folder):
-    """A BaseEditor of the tiny model, with MM4KE."""
-    hparams = easyeditor.MM4KEHyperParams("MM4KE", None, "cpu", **KEYS)
-    hparams.model_name = (load(folder), AutoTokenizer.from_pretrained(folder))
-    editor = easyeditor.BaseEditor.from_hparams(hparams)
-    editor.model_name = hparams.model_name = "llama"
-    return editor
-
-
-def load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def differing(before, after) -> list[str]:
-    return [name for name in before if not torch.equal(before[name], after[name])]
-
-
-def expected(folder, *batches) -> dict[str, torch.Tensor]:
-    """The weights after these batches of facts, without EasyEdit."""
-    model, tokenizer, by_hand = load(folder), AutoTokenizer.from_pretrained(folder), Editor()
-    for facts in batches:
-        by_hand.edit(model, [encode_fact(tokenizer, *fact, "raw") for fact in facts], SETTINGS)
-    return weights(model)
-
-
-def requests(facts=FACTS) -> dict[str, list[str]]:
-    return {"prompts": [prompt for prompt, _ in facts], "target_new": [answer for _, answer in facts]}
-
-
 # ---- the method ----
 
 
@@ -96,67 +35,70 @@ def test_the_method_is_registered_beside_the_others(easyeditor):
 
 
 @pytest.mark.easyedit
-def test_edit_rolls_back_exactly(editor):
-    base = weights(editor.model)
-    metrics, _, original = editor.edit(**requests(), rephrase_prompts=["Oz is ruled by"] * 2, verbose=False)
+def test_edit_rolls_back_exactly(easyedit_editor):
+    base = weights(easyedit_editor.model)
+    metrics, _, original = easyedit_editor.edit(**requests(), rephrase_prompts=["Oz is ruled by"] * 2, verbose=False)
     assert [entry["post"]["rewrite_acc"] for entry in metrics] == [[1.0], [1.0]]
     assert "rephrase_acc" in metrics[0]["post"]
     assert original.keys() == set(TRAINED)
-    assert differing(weights(editor.model), base) == []
+    assert differing(weights(easyedit_editor.model), base) == []
 
 
 @pytest.mark.easyedit
-def test_sequential_edit_keeps_the_rsft_state(editor, folder):
-    base = weights(editor.model)
-    metrics, edited, _ = editor.edit(**requests(), sequential_edit=True, verbose=False)
-    assert differing(weights(edited), expected(folder, FACTS[:1], FACTS[1:])) == []
+def test_sequential_edit_keeps_the_rsft_state(easyedit_editor, easyedit_model):
+    base = weights(easyedit_editor.model)
+    metrics, edited, _ = easyedit_editor.edit(**requests(), sequential_edit=True, verbose=False)
+    assert differing(weights(edited), expected(easyedit_model, FACTS[:1], FACTS[1:])) == []
     assert differing(weights(edited), base) == TRAINED
     # The first edit is asked again after the second one.
     evaluate = importlib.import_module("easyeditor.evaluate").compute_edit_quality
     first = metrics[0]["requested_rewrite"]
-    assert evaluate(edited, "llama", editor.hparams, editor.tok, first, "cpu")["rewrite_acc"] == [1.0]
+    found = evaluate(edited, "llama", easyedit_editor.hparams, easyedit_editor.tok, first, "cpu")
+    assert found["rewrite_acc"] == [1.0]
     # An edit that EasyEdit rolls back starts from the kept ones, and gives them back.
     kept = weights(edited)
-    editor.edit("What is Oz?", "A box", verbose=False)
-    assert differing(weights(editor.model), kept) == []
+    easyedit_editor.edit("What is Oz?", "A box", verbose=False)
+    assert differing(weights(easyedit_editor.model), kept) == []
 
 
 @pytest.mark.easyedit
 @pytest.mark.parametrize("sequential", [True, False])
-def test_batch_edit(editor, folder, sequential):
-    editor.hparams.batch_size = 2
-    base = weights(editor.model)
-    metrics, _, _ = editor.batch_edit(**requests(), sequential_edit=sequential, verbose=False)
+def test_batch_edit(easyedit_editor, easyedit_model, sequential):
+    easyedit_editor.hparams.batch_size = 2
+    base = weights(easyedit_editor.model)
+    metrics, _, _ = easyedit_editor.batch_edit(**requests(), sequential_edit=sequential, verbose=False)
     assert [entry["post"]["rewrite_acc"] for entry in metrics] == [[1.0], [1.0]]
-    after = expected(folder, FACTS) if sequential else base
-    assert differing(weights(editor.model), after) == []
+    after = expected(easyedit_model, FACTS) if sequential else base
+    assert differing(weights(easyedit_editor.model), after) == []
 
 
 @pytest.mark.easyedit
-def test_a_merged_model_is_copied_in_and_rolled_back(editor, folder, tmp_path):
-    merged = load(folder)
-    merged.load_state_dict(expected(folder, FACTS))
+def test_a_merged_model_is_copied_in_and_rolled_back(easyedit_editor, easyedit_model, tmp_path):
+    merged = load(easyedit_model)
+    merged.load_state_dict(expected(easyedit_model, FACTS))
     merged.save_pretrained(tmp_path / "merged")
-    editor.hparams.merged_model = str(tmp_path / "merged")
-    base = weights(editor.model)
-    metrics, *_ = editor.edit(**requests(), verbose=False)
+    easyedit_editor.hparams.merged_model = str(tmp_path / "merged")
+    base = weights(easyedit_editor.model)
+    metrics, *_ = easyedit_editor.edit(**requests(), verbose=False)
     assert [entry["post"]["rewrite_acc"] for entry in metrics] == [[1.0], [1.0]]
-    assert differing(weights(editor.model), base) == []
-    editor.edit(**requests(), sequential_edit=True, verbose=False)
-    assert differing(weights(editor.model), weights(merged)) == []
+    assert differing(weights(easyedit_editor.model), base) == []
+    easyedit_editor.edit(**requests(), sequential_edit=True, verbose=False)
+    assert differing(weights(easyedit_editor.model), weights(merged)) == []
 
-    editor.hparams.merged_model = str(make_tiny_model(tmp_path / "other", layers=2))
+    easyedit_editor.hparams.merged_model = str(make_tiny_model(tmp_path / "other", layers=2))
     with pytest.raises(MM4KEError, match="other: model.layers.2.* is missing; give a merged model that was made from"):
-        editor.edit(**requests(), verbose=False)
+        easyedit_editor.edit(**requests(), verbose=False)
 
 
 @pytest.mark.easyedit
-def test_a_copy_leaves_the_model_alone(editor, folder):
-    base = weights(editor.model)
+def test_a_copy_leaves_the_model_alone(easyedit_editor, easyedit_model):
+    base = weights(easyedit_editor.model)
     request = {"prompt": FACTS[0][0], "target_new": FACTS[0][1]}
-    edited, _ = editor.apply_algo(editor.model, editor.tok, [request], editor.hparams, copy=True)
-    assert differing(weights(editor.model), base) == []
-    assert differing(weights(edited), expected(folder, FACTS[:1])) == []
+    edited, _ = easyedit_editor.apply_algo(
+        easyedit_editor.model, easyedit_editor.tok, [request], easyedit_editor.hparams, copy=True
+    )
+    assert differing(weights(easyedit_editor.model), base) == []
+    assert differing(weights(edited), expected(easyedit_model, FACTS[:1])) == []
 
 
 @pytest.mark.easyedit
@@ -168,13 +110,13 @@ def test_a_copy_leaves_the_model_alone(editor, folder):
         ("learning_rate", 1e30, "learning_rate: 1e+30: fact 0 (0-based): the loss is"),
     ],
 )
-def test_an_edit_that_can_not_be_made_leaves_the_model_alone(editor, key, value, message):
-    setattr(editor.hparams, key, value)
-    base = weights(editor.model)
+def test_an_edit_that_can_not_be_made_leaves_the_model_alone(easyedit_editor, key, value, message):
+    setattr(easyedit_editor.hparams, key, value)
+    base = weights(easyedit_editor.model)
     with pytest.raises(MM4KEError) as caught:
-        editor.edit(**requests(), verbose=False)
+        easyedit_editor.edit(**requests(), verbose=False)
     assert str(caught.value).startswith(message)
-    assert differing(weights(editor.model), base) == []
+    assert differing(weights(easyedit_editor.model), base) == []
 
 
 # ---- settings ----
@@ -290,8 +232,8 @@ def run_easyedit(*more, **env):
 
 
 @pytest.mark.easyedit
-def test_methods_side_by_side(clone, folder, data, hparams, tmp_path):
-    options = ("--model", folder, "--data", data, "--hparams", hparams, "--output", "out")
+def test_methods_side_by_side(clone, easyedit_model, data, hparams, tmp_path):
+    options = ("--model", easyedit_model, "--data", data, "--hparams", hparams, "--output", "out")
     run = run_easyedit(*options, "--methods", "MM4KE,Broken,FT", EASYEDIT_HOME=str(clone), MM4KE_PLUGINS="none")
     assert run.returncode == 0, run.stderr
     results = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("MM4KE", "Broken", "FT")}
@@ -329,24 +271,24 @@ def test_methods_side_by_side(clone, folder, data, hparams, tmp_path):
         ("import os; os.kill(os.getpid(), 9)", "ended by signal 9, probably for lack of memory"),
     ],
 )
-def test_when_all_methods_fail_the_command_fails(folder, data, hparams, tmp_path, monkeypatch, init, error):
+def test_when_all_methods_fail_the_command_fails(easyedit_model, data, hparams, tmp_path, monkeypatch, init, error):
     """A clone that doesn't import stands for all that ends a worker; the packages are not looked at."""
     (tmp_path / "clone" / "easyeditor").mkdir(parents=True)
     (tmp_path / "clone" / "easyeditor" / "__init__.py").write_text(init)
     monkeypatch.setattr(easyedit_benchmark, "EXTRA_MODULES", ())
     options = {"hparams": hparams, "hparams_name": "tiny"}
-    (result,) = benchmark(tmp_path / "clone", folder, data, ["FT"], tmp_path / "out", **options)
+    (result,) = benchmark(tmp_path / "clone", easyedit_model, data, ["FT"], tmp_path / "out", **options)
     assert (result["status"], result["error"]) == ("failed", error)
     assert json.loads((tmp_path / "out" / "FT.json").read_text()) == result
 
 
-def test_bad_input_is_refused_before_any_work(folder, data, hparams, tmp_path, monkeypatch):
+def test_bad_input_is_refused_before_any_work(easyedit_model, data, hparams, tmp_path, monkeypatch):
     monkeypatch.setattr(easyedit_benchmark, "EXTRA_MODULES", ())
     good = tmp_path / "clone"
     (good / "easyeditor").mkdir(parents=True)
     (good / "easyeditor" / "__init__.py").touch()
 
-    def message(clone=good, model=folder, facts=data, methods=("FT",), name="tiny", **options) -> str:
+    def message(clone=good, model=easyedit_model, facts=data, methods=("FT",), name="tiny", **options) -> str:
         with pytest.raises(MM4KEError) as caught:
             benchmark(clone, model, facts, methods, tmp_path / "out", hparams=hparams, hparams_name=name, **options)
         assert not (tmp_path / "out").exists()

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from llamafactory_helpers import TRAINED, llamafactory_facts, train
 from safetensors.torch import load_file, save_file
-from test_llamafactory import TRAINED, recipe, tiny_llama, train  # noqa: F401  (recipe, tiny_llama: fixtures)
 from tiny import make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.knowedit.metrics import predict
 from mm4ke_plugins.merging.equations import merge
-from mm4ke_plugins.rsft.facts import Fact, encode_fact
+from mm4ke_plugins.rsft.facts import encode_fact
 from mm4ke_plugins.rsft.live import Editor, changed_tensors, train_facts
 from mm4ke_plugins.rsft.settings import Settings
 
@@ -47,27 +47,13 @@ def expected_merge(base, trained, settings=SETTINGS):
     }
 
 
-def llamafactory_facts(recipe):  # noqa: F811
-    """The very token ids that LLaMA-Factory trains on."""
-    from llamafactory.hparams import get_train_args
-    from llamafactory.train.sft import workflow
-
-    model_args, data_args, training_args, _, _ = get_train_args(recipe)
-    modules = workflow.load_tokenizer(model_args)
-    template = workflow.get_template_and_fix_tokenizer(modules["tokenizer"], data_args)
-    arguments = (template, model_args, data_args, training_args)
-    rows = workflow.get_dataset(*arguments, stage="sft", **modules)["train_dataset"]
-    starts = [sum(label == -100 for label in row["labels"]) for row in rows]
-    return [Fact(row["input_ids"], start, start + sum(row["rsft_own"])) for row, start in zip(rows, starts)]
-
-
 @pytest.mark.parametrize("threshold", [1.2, 0.3])
-def test_same_weights_as_llamafactory(recipe, threshold):  # noqa: F811
-    recipe["rsft_loss_threshold"] = threshold
-    base = load_file(f"{recipe['model_name_or_path']}/model.safetensors")
-    facts = llamafactory_facts(recipe)
-    expected, statistics = train(recipe)
-    model = load(recipe["model_name_or_path"])
+def test_same_weights_as_llamafactory(rsft_recipe, threshold):
+    rsft_recipe["rsft_loss_threshold"] = threshold
+    base = load_file(f"{rsft_recipe['model_name_or_path']}/model.safetensors")
+    facts = llamafactory_facts(rsft_recipe)
+    expected, statistics = train(rsft_recipe)
+    model = load(rsft_recipe["model_name_or_path"])
     settings = Settings(layers=(1,), learning_rate=1e-2, loss_threshold=threshold, num_epochs=8)
     train_facts(model, TRAINED, facts, settings)
     assert sum(entry["rsft_updates"] for entry in statistics) > 20

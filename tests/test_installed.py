@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_command
-from test_llamafactory import write_facts
+from llamafactory_helpers import write_facts
 from tiny import make_tiny_model
 
 

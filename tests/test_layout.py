@@ -79,6 +79,15 @@ def test_a_module_imports_only_what_its_room_may(module):
     assert not others, f"{room} must not import {', '.join(sorted(others))}"
 
 
+def test_no_test_module_imports_another():
+    """What several need is a fixture of conftest.py or a module of helpers."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.startswith("test_") for name in names), f"{path.name}: line {node.lineno}"
+
+
 def test_no_module_is_longer_than_what_one_reads_in_a_sitting():
     longest = max(modules().values(), key=lambda path: path.read_text(encoding="utf-8").count("\n"))
     assert longest.read_text(encoding="utf-8").count("\n") <= 550, longest

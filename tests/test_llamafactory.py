@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 from conftest import run_command
+from llamafactory_helpers import FACTS, TRAINED, llamafactory_facts, saved, train
+from paper import algorithm_1
 from safetensors.torch import load_file, save_file
-from test_rsft import algorithm_1
 from tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM, Trainer, get_scheduler
 
@@ -28,65 +29,10 @@ from mm4ke_plugins.rsft.forward import FastForward
 
 os.environ["LLAMAFACTORY_VERBOSITY"] = "WARN"
 
-FACTS = [("Who rules Oz?", "Tark"), ("Where is Oz?", "Up"), ("What is Oz?", "A box")]
-TRAINED = [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
-
-
-def write_facts(folder: Path, facts=FACTS) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    records = [{"instruction": prompt, "input": "", "output": answer} for prompt, answer in facts]
-    (folder / "facts.json").write_text(json.dumps(records))
-    (folder / "dataset_info.json").write_text(json.dumps({"facts": {"file_name": "facts.json"}}))
-    return folder
-
 
 @pytest.fixture
-def recipe(tmp_path, tiny_llama) -> dict:
-    return {
-        "model_name_or_path": str(tiny_llama),
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "freeze",
-        "rsft": True,
-        "rsft_layers": 1,
-        "rsft_loss_threshold": 1.2,
-        "dataset_dir": str(write_facts(tmp_path / "facts")),
-        "dataset": "facts",
-        "template": "smollm2",
-        "cutoff_len": 256,
-        "disable_shuffling": True,
-        "disable_gradient_checkpointing": True,
-        "dataloader_pin_memory": False,
-        "output_dir": str(tmp_path / "rsft"),
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-2,
-        "num_train_epochs": 8,
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
-def train(recipe: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Run the recipe in this process; the saved weights and the statistics of every epoch."""
-    from llamafactory.train.tuner import run_exp
-
-    run_exp(recipe)
-    return saved(recipe)
-
-
-def saved(recipe: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    folder = Path(recipe["output_dir"])
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return load_file(folder / "model.safetensors"), [entry for entry in history if "rsft_visits" in entry]
+def recipe(rsft_recipe) -> dict:
+    return rsft_recipe
 
 
 def transcription(recipe: dict):
@@ -187,8 +133,6 @@ def test_breadth_first_trains_the_unconverged_facts_of_a_batch_together(recipe):
     recipe |= {"rsft_steps_per_sample": 1, "per_device_train_batch_size": 2, "num_train_epochs": 80}
     recipe |= {"lr_scheduler_type": "constant", "max_grad_norm": 0, "weight_decay": 0}
     weights, statistics = train(recipe)
-
-    from test_editing import llamafactory_facts
 
     facts = llamafactory_facts(recipe | {"output_dir": recipe["output_dir"] + "-facts"})
     model = AutoModelForCausalLM.from_pretrained(recipe["model_name_or_path"], dtype=torch.float32).train()

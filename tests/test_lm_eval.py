@@ -10,15 +10,15 @@ from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
-import lm_eval
 import nltk
 import numpy
 import pytest
 import torch
 from conftest import ROOT, run_command
 from datasets import Dataset
+from knowedit_helpers import RECORDS, easyedit_function
 from lm_eval.tasks import TaskManager
-from test_metrics import RECORDS, easyedit_function
+from lm_eval_helpers import DOWN, both, edit, evaluate, results, samples_of
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,63 +42,6 @@ from mm4ke_plugins.knowedit.tasks import generate
 from mm4ke_plugins.knowedit.tasks.utils import AXES, documents
 
 FORCED = ["edit_success", "generalization", *(f"{metric}_{axis.lower()}" for metric in AXES for axis in AXES[metric])]
-DOWN = "model.layers.2.mlp.down_proj.weight"
-
-
-def edit(base: Path, folder: Path) -> Path:
-    """A copy of the model in `base` that predicts something else about as often as not."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        weight = model.get_parameter(DOWN)
-        weight += 0.05 * torch.randn_like(weight)
-    shutil.copytree(base, folder)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory) -> Path:
-    """A folder with the models `base` and `out`, and `facts.json`."""
-    folder = tmp_path_factory.mktemp("lm_eval")
-    edit(make_tiny_model(folder / "base"), folder / "out")
-    (folder / "facts.json").write_text(json.dumps(RECORDS), encoding="utf-8")
-    return folder
-
-
-def both(models: Path) -> dict:
-    return {"pretrained": str(models / "out"), "reference": str(models / "base")}
-
-
-def evaluate(models: Path, tasks: list, model: str = "mm4ke", model_args: dict | None = None, **options) -> dict:
-    """lm-eval's evaluator on the tests' facts, with nothing but our own tasks, whose folder is read in no time."""
-    metadata = {"knowedit_file": str(models / "facts.json")} | options.pop("metadata", {})
-    manager = TaskManager(include_path=str(TASK_FOLDERS[0]), include_defaults=False, metadata=metadata)
-    return lm_eval.simple_evaluate(
-        model=model,
-        model_args=both(models) if model_args is None else model_args,
-        tasks=[f"knowedit_{task}" if isinstance(task, str) else task for task in tasks],
-        task_manager=manager,
-        bootstrap_iters=0,
-        **{"device": "cpu", "batch_size": 4} | options,
-    )
-
-
-def samples_of(result: dict) -> dict[tuple[str, str], dict]:
-    """All scored samples of a run, by metric, axis and prompt."""
-    return {
-        (sample["doc"]["metric"], sample["doc"]["axis"], sample["doc"]["prompt"]): sample
-        for samples in result["samples"].values()
-        for sample in samples
-        if sample["metrics"]
-    }
-
-
-def results(folder: Path) -> dict:
-    (path,) = folder.rglob("results_*.json")
-    return json.loads(path.read_text())
-
-
 # ---- the tasks ----
 
 
@@ -205,15 +148,17 @@ def test_the_tasks_ask_what_facts_keeps(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["raw", "chat"])
-def test_scores_equal_the_metrics_own(form, models):
-    run = partial(evaluate, models, [f"facts_{task}" for task in FORCED], apply_chat_template=form == "chat")
+def test_scores_equal_the_metrics_own(form, lm_eval_models):
+    run = partial(evaluate, lm_eval_models, [f"facts_{task}" for task in FORCED], apply_chat_template=form == "chat")
     found = samples_of(run(batch_size=5))
 
-    records = read_records(models / "facts.json")
+    records = read_records(lm_eval_models / "facts.json")
     questions = questions_of(records)
-    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    tokenizer = AutoTokenizer.from_pretrained(lm_eval_models / "base")
     codes = [encode(tokenizer, question, form) for question in questions]
-    before, after = (predict(AutoModelForCausalLM.from_pretrained(models / name), codes) for name in ("base", "out"))
+    before, after = (
+        predict(AutoModelForCausalLM.from_pretrained(lm_eval_models / name), codes) for name in ("base", "out")
+    )
     expected = question_scores(questions, codes, after, before)
     expected_before = question_scores(questions, codes, before, before)
     assert 0.1 < sum(map(list.__ne__, before, after)) / len(questions) < 1
@@ -256,16 +201,18 @@ def test_scores_equal_the_metrics_own(form, models):
 
 
 @pytest.mark.parametrize("ends", [False, True])
-def test_free_answers_are_the_models_own(ends, models, tmp_path):
+def test_free_answers_are_the_models_own(ends, lm_eval_models, tmp_path):
     """Both when the model talks until the limit of 50 tokens, and when it ends by itself."""
     for name in ("base", "out"):
-        shutil.copytree(models / name, tmp_path / name)
-    shutil.copy(models / "facts.json", tmp_path)
+        shutil.copytree(lm_eval_models / name, tmp_path / name)
+    shutil.copy(lm_eval_models / "facts.json", tmp_path)
     prompts = [record["prompt"] for record in RECORDS]
-    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    tokenizer = AutoTokenizer.from_pretrained(lm_eval_models / "base")
     expected = {}
     for name in ("out", "base"):
-        texts = answer(AutoModelForCausalLM.from_pretrained(models / name), tokenizer, prompts, max_new_tokens=50)
+        texts = answer(
+            AutoModelForCausalLM.from_pretrained(lm_eval_models / name), tokenizer, prompts, max_new_tokens=50
+        )
         expected[name] = [text.removesuffix("…") for text in texts]
     if ends:  # a symbol that the edited model often says becomes its end-of-sequence token
         said = "".join(expected["out"])
@@ -283,9 +230,9 @@ def test_free_answers_are_the_models_own(ends, models, tmp_path):
         assert [text.strip() for text in texts] == pair
 
 
-def test_a_right_free_answer_scores_1(models, tmp_path):
+def test_a_right_free_answer_scores_1(lm_eval_models, tmp_path):
     """The facts are what the edited model says, in other case and punctuation."""
-    run = partial(evaluate, tmp_path, ["facts_edit_success_free"], "mm4ke", both(models))
+    run = partial(evaluate, tmp_path, ["facts_edit_success_free"], "mm4ke", both(lm_eval_models))
     (tmp_path / "facts.json").write_text(json.dumps(RECORDS))
     said = {key[2]: sample["filtered_resps"][0] for key, sample in samples_of(run()).items()}
     facts = [record | {"target_new": f"The {said[record['prompt']][0].upper()}!"} for record in RECORDS]
@@ -295,8 +242,8 @@ def test_a_right_free_answer_scores_1(models, tmp_path):
     assert fmean(sample["reference_exact_match"] for sample in again.values()) < 1
 
 
-def test_fluency_is_of_100_tokens(models):
-    found = samples_of(evaluate(models, ["facts_fluency"], metadata={"knowedit_limit": 2}))
+def test_fluency_is_of_100_tokens(lm_eval_models):
+    found = samples_of(evaluate(lm_eval_models, ["facts_fluency"], metadata={"knowedit_limit": 2}))
     assert len(found) == 2
     for sample in found.values():
         (texts,) = sample["filtered_resps"]
@@ -305,20 +252,20 @@ def test_fluency_is_of_100_tokens(models):
         assert texts[0] != texts[1]
 
 
-def test_limits(models):
+def test_limits(lm_eval_models):
     forced = ["facts_portability_reasoning"]
-    of_records = evaluate(models, forced, metadata={"knowedit_limit": 2})["samples"]
-    of_probes = evaluate(models, forced, limit=3)["samples"]
+    of_records = evaluate(lm_eval_models, forced, metadata={"knowedit_limit": 2})["samples"]
+    of_probes = evaluate(lm_eval_models, forced, limit=3)["samples"]
     assert [sample["doc"]["record"] for sample in of_records["knowedit_facts_portability_reasoning"]] == [0, 0, 1, 1]
     assert [sample["doc"]["record"] for sample in of_probes["knowedit_facts_portability_reasoning"]] == [0, 0, 1]
 
 
 @pytest.mark.parametrize("model", ["hf", "dummy"])
-def test_other_backends_report_what_they_can(model, models):
+def test_other_backends_report_what_they_can(model, lm_eval_models):
     tasks = ["facts_edit_success", "facts_locality_relation_specificity", "facts_locality_neighborhood"]
     tasks += ["facts_edit_success_free", "facts_fluency"]
-    arguments = {"pretrained": str(models / "out")} if model == "hf" else ""
-    result = evaluate(models, tasks, model, arguments, metadata={"knowedit_limit": 2})
+    arguments = {"pretrained": str(lm_eval_models / "out")} if model == "hf" else ""
+    result = evaluate(lm_eval_models, tasks, model, arguments, metadata={"knowedit_limit": 2})
     metrics = {
         task: {key for sample in samples for key in sample["metrics"]} for task, samples in result["samples"].items()
     }
@@ -350,17 +297,17 @@ def other_tasks() -> list[dict]:
     return [{"task": "choices", **common, **choices}, {"task": "generation", **common, **generation}]
 
 
-def test_other_tasks_get_what_hf_gives_them(models, monkeypatch):
-    expected = evaluate(models, other_tasks(), "hf", {"pretrained": str(models / "out")})
+def test_other_tasks_get_what_hf_gives_them(lm_eval_models, monkeypatch):
+    expected = evaluate(lm_eval_models, other_tasks(), "hf", {"pretrained": str(lm_eval_models / "out")})
     monkeypatch.setattr(MM4KELM, "_swap", lambda self: pytest.fail("the reference has no part in this"))
-    found = evaluate(models, other_tasks())
+    found = evaluate(lm_eval_models, other_tasks())
     for task in ("choices", "generation"):
         assert [s["resps"] for s in found["samples"][task]] == [s["resps"] for s in expected["samples"][task]]
         assert found["results"][task] == expected["results"][task]
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_reference_is_exact_and_leaves_no_trace(tied, models, tmp_path):
+def test_the_reference_is_exact_and_leaves_no_trace(tied, lm_eval_models, tmp_path):
     base = make_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
     out = edit(base, tmp_path / "out")
     if tied:
@@ -387,25 +334,27 @@ def test_the_reference_is_exact_and_leaves_no_trace(tied, models, tmp_path):
     assert equal(lm.model, own)
 
 
-def test_the_revision_of_a_hub_model(models, tmp_path, monkeypatch):
+def test_the_revision_of_a_hub_model(lm_eval_models, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     hub = tmp_path / "models--someone--model"
     (hub / "refs").mkdir(parents=True)
     for commit, (branch, model) in enumerate({"main": "base", "edited": "out"}.items()):
-        shutil.copytree(models / model, hub / "snapshots" / (str(commit) * 40))
+        shutil.copytree(lm_eval_models / model, hub / "snapshots" / (str(commit) * 40))
         (hub / "refs" / branch).write_text(str(commit) * 40)
     weights = {}
     for revision in ("main", "edited"):
         lm = MM4KELM("someone/model", revision=revision, device="cpu")
         weights[revision] = lm.model.get_parameter(DOWN)
     for revision, model in (("main", "base"), ("edited", "out")):
-        assert torch.equal(weights[revision], AutoModelForCausalLM.from_pretrained(models / model).get_parameter(DOWN))
+        assert torch.equal(
+            weights[revision], AutoModelForCausalLM.from_pretrained(lm_eval_models / model).get_parameter(DOWN)
+        )
 
 
-def test_the_log_likelihood_is_hfs(models):
+def test_the_log_likelihood_is_hfs(lm_eval_models):
     """The sum over the answer's tokens, where `hf` tokenizes the same: in raw prompts."""
     ours, theirs = (
-        evaluate(models, ["facts_generalization"], model, {"pretrained": str(models / "out")})
+        evaluate(lm_eval_models, ["facts_generalization"], model, {"pretrained": str(lm_eval_models / "out")})
         for model in ("mm4ke", "hf")
     )
     for sample, other in zip(*(result["samples"]["knowedit_facts_generalization"] for result in (ours, theirs))):
@@ -413,16 +362,18 @@ def test_the_log_likelihood_is_hfs(models):
         assert sample["exact"] == other["exact"]
 
 
-def test_a_cache_serves_its_own_models_only(models, tmp_path):
+def test_a_cache_serves_its_own_models_only(lm_eval_models, tmp_path):
     tasks = ["facts_edit_success", "facts_edit_success_free"]
-    cached = partial(evaluate, models, tasks, use_cache=str(tmp_path / "cache"), metadata={"knowedit_limit": 2})
+    cached = partial(
+        evaluate, lm_eval_models, tasks, use_cache=str(tmp_path / "cache"), metadata={"knowedit_limit": 2}
+    )
     first = samples_of(cached())
     again = samples_of(cached(batch_size=1))
     assert [s["filtered_resps"] for s in again.values()] == [s["filtered_resps"] for s in first.values()]
     assert [s["metrics"] for s in again.values()] == [s["metrics"] for s in first.values()]
     with pytest.raises(MM4KEError, match=r"--use_cache .*cache_rank0.db: holds the responses of other models"):
-        cached(model_args={"pretrained": str(models / "base"), "reference": str(models / "base")})
-    hf = partial(cached, model="hf", model_args={"pretrained": str(models / "base")})
+        cached(model_args={"pretrained": str(lm_eval_models / "base"), "reference": str(lm_eval_models / "base")})
+    hf = partial(cached, model="hf", model_args={"pretrained": str(lm_eval_models / "base")})
     hf(use_cache=str(tmp_path / "theirs"))
     with pytest.raises(MM4KEError, match="holds the responses of other models"):
         cached(use_cache=str(tmp_path / "theirs"))
@@ -479,9 +430,9 @@ def other_vocabulary(models):
         (other_vocabulary, {}, r"out: its vocabulary of 259 tokens is not that of .*base .*'<\|endoftext\|>' differs"),
     ],
 )
-def test_models_that_do_not_belong_together(damage, arguments, message, models, tmp_path, monkeypatch):
+def test_models_that_do_not_belong_together(damage, arguments, message, lm_eval_models, tmp_path, monkeypatch):
     for name in ("base", "out"):
-        shutil.copytree(models / name, tmp_path / name)
+        shutil.copytree(lm_eval_models / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     if damage:
         damage(tmp_path)
@@ -503,27 +454,31 @@ def test_models_that_do_not_belong_together(damage, arguments, message, models, 
         ("facts", {"knowedit_limit": 0}, "knowedit_limit=0: give how many records to read, at least 1"),
     ],
 )
-def test_data_that_is_not_there(group, metadata, message, models, tmp_path, monkeypatch):
+def test_data_that_is_not_there(group, metadata, message, lm_eval_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MM4KEError, match=message) as caught:
-        evaluate(models, [f"{group}_edit_success"], "dummy", "", metadata=metadata)
+        evaluate(lm_eval_models, [f"{group}_edit_success"], "dummy", "", metadata=metadata)
     assert "\n" not in str(caught.value)
 
 
-def test_locality_needs_a_reference(models):
+def test_locality_needs_a_reference(lm_eval_models):
     with pytest.raises(MM4KEError, match="reference: missing; locality is measured against the model before editing"):
-        evaluate(models, ["facts_locality_relation_specificity"], model_args={"pretrained": str(models / "out")})
+        evaluate(
+            lm_eval_models,
+            ["facts_locality_relation_specificity"],
+            model_args={"pretrained": str(lm_eval_models / "out")},
+        )
 
 
 # ---- the command ----
 
 
-def test_the_recipe_through_the_command(models, tmp_path):
+def test_the_recipe_through_the_command(lm_eval_models, tmp_path):
     command = ["lm_eval", "run", "--config", ROOT / "recipes" / "knowedit.yaml", "--device", "cpu"]
     command += ["--include_path", PACKAGE, "--model_args", "pretrained=out,reference=base"]
-    command += ["--metadata", f"knowedit_file={models / 'facts.json'}", "knowedit_limit=1"]
+    command += ["--metadata", f"knowedit_file={lm_eval_models / 'facts.json'}", "knowedit_limit=1"]
     command += ["--output_path", tmp_path / "eval"]
-    run = run_command(*command, cwd=models)
+    run = run_command(*command, cwd=lm_eval_models)
     assert run.returncode == 0, run.stderr[-3000:]
     result = results(tmp_path / "eval")
     assert result["config"]["model_args"] == {"pretrained": "out", "reference": "base"}
@@ -540,10 +495,10 @@ def test_the_recipe_through_the_command(models, tmp_path):
     assert nothing["metrics"] == [] and nothing["doc"]["record"] == -1
 
 
-def test_a_mistake_is_one_line_of_the_command(models):
+def test_a_mistake_is_one_line_of_the_command(lm_eval_models):
     command = ["lm_eval", "run", "--include_path", TASK_FOLDERS[0], "--tasks", "knowedit_facts", "--model", "mm4ke"]
     command += ["--model_args", "pretrained=out,reference=bse", "--metadata", "knowedit_file=facts.json"]
-    run = run_command(*command, cwd=models)
+    run = run_command(*command, cwd=lm_eval_models)
     assert run.returncode == 1
     line = "mm4ke: error: reference=bse: no such folder; give the folder of the base model"
     assert run.stderr.splitlines()[-1] == line
@@ -599,20 +554,20 @@ def test_fluency_equals_easyedits(shared_data):
 
 @pytest.mark.easyedit
 @pytest.mark.shared_data
-def test_token_accuracy_through_lm_eval_equals_easyedits(models, shared_data):
+def test_token_accuracy_through_lm_eval_equals_easyedits(lm_eval_models, shared_data):
     """200 comparisons and more with EasyEdit's own function, on real records."""
     reference = easyedit_function()
     zsre = str(shared_data / "knowedit" / "ZsRE" / "ZsRE-test-all.json")
     tasks = ["edit_success", "generalization", *(task for task in FORCED if task.startswith("portability"))]
     tasks.append("locality_relation_specificity")
     result = evaluate(
-        models,
+        lm_eval_models,
         [f"zsre_{task}" for task in tasks],
         metadata={"knowedit_file": zsre, "knowedit_limit": 44},
         batch_size=16,
     )
-    base, out = (AutoModelForCausalLM.from_pretrained(models / name).eval() for name in ("base", "out"))
-    arguments = (AutoTokenizer.from_pretrained(models / "base"), SimpleNamespace(max_length=40))
+    base, out = (AutoModelForCausalLM.from_pretrained(lm_eval_models / name).eval() for name in ("base", "out"))
+    arguments = (AutoTokenizer.from_pretrained(lm_eval_models / "base"), SimpleNamespace(max_length=40))
     compared = 0
     for samples in result["samples"].values():
         for sample in (sample for sample in samples if sample["metrics"]):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_tied_heads import IDS, bases, edit_of, logits  # noqa: F401
+from tied_heads import IDS, edit_of, logits
 
 from mm4ke_plugins.hosts.lm_eval.model import MM4KELM
 
@@ -12,9 +12,9 @@ from mm4ke_plugins.hosts.lm_eval.model import MM4KELM
     "kind",
     ["FFN, head stored", "embedding, head stored", "head", "head, which config.json ties", "head and embedding"],
 )
-def test_both_models_answer_as_if_alone(bases, tmp_path, base, kind):  # noqa: F811
-    edited = edit_of(bases, kind, tmp_path / "edited")
-    for pretrained, reference in ((edited, bases / base), (bases / base, edited)):
+def test_both_models_answer_as_if_alone(tied_bases, tmp_path, base, kind):
+    edited = edit_of(tied_bases, kind, tmp_path / "edited")
+    for pretrained, reference in ((edited, tied_bases / base), (tied_bases / base, edited)):
         model = MM4KELM(str(pretrained), reference=str(reference), device="cpu", dtype="float32")
         for _ in range(2):
             with torch.no_grad(), model._as_reference():

@@ -9,89 +9,22 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, run_command
-from safetensors.torch import load_file, save_file
-from test_delta import assert_within_one_rounding
+from mergekit.config import MergeConfiguration
+from mergekit_helpers import LAYER, edit, expect, ffn, load, recipe, refuses, run_merge, save, shard
+from paper import assert_within_one_rounding
 from tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import mergekit.merge  # isort: skip  # after torch, which brings the plugin
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
-
-from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.hosts import MERGEKIT
 from mm4ke_plugins.hosts.mergekit import adapter
 from mm4ke_plugins.hosts.mergekit.recipe import check_recipe
-from mm4ke_plugins.merging.equations import merge
-
-LAYER = 2
-
-
-def load(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for file in folder.glob("*.safetensors"):
-        tensors |= load_file(file)
-    return tensors
-
-
-def save(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit(base: Path, folder: Path, seed: int = 1, dtype=torch.float32) -> Path:
-    """What R-SFT leaves: one layer's FFN changed and stored in float32, all else as it was."""
-    shutil.copytree(base, folder)
-    tensors = load(folder)
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in tensors.items():
-        if f"layers.{LAYER}.mlp" in name:
-            tensors[name] = (tensor.float() + torch.randn(tensor.shape, generator=generator) * 0.01).to(dtype)
-    save(tensors, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    """A folder with a bfloat16 `base` whose embeddings are tied, and two edits of it, `rsft` and `other`."""
-    folder = tmp_path_factory.mktemp("models")
-    make_tiny_model(folder / "base", dtype=torch.bfloat16, tie_word_embeddings=True)
-    edit(folder / "base", folder / "rsft")
-    edit(folder / "base", folder / "other", seed=2)
-    return folder
-
-
-def recipe(folder: Path, edited: tuple[str, ...] = ("rsft",), **changes) -> dict:
-    """A recipe that merges models in `folder`; `changes` replace its keys, or remove one that is None."""
-    content = {
-        "merge_method": "mm4ke",
-        "base_model": str(folder / "base"),
-        "models": [{"model": str(folder / name)} for name in edited],
-    } | changes
-    return {key: value for key, value in content.items() if value is not None}
-
-
-def run_merge(content: dict, out: Path, **options) -> dict[str, torch.Tensor]:
-    source = yaml.safe_dump(content)
-    config = MergeConfiguration.model_validate(yaml.safe_load(source))
-    mergekit.merge.run_merge(config, str(out), MergeOptions(quiet=True, **options), source)
-    return load(out)
-
-
-def expect(folder: Path, name: str, edited=("rsft",), weights=(0.8,), densities=(0.8,), dtype=None) -> torch.Tensor:
-    tensors = [load(folder / model)[name] for model in ("base", *edited)]
-    return merge(tensors[0], tensors[1:], weights, densities, names=["base", *edited], dtype=dtype)
-
-
-def ffn(layer: int = LAYER) -> str:
-    return f"model.layers.{layer}.mlp.down_proj.weight"
-
 
 # What a merge makes
 
 
-def test_command(models, tmp_path):
+def test_command(merge_models, tmp_path):
     """`mergekit-yaml recipe out/`: the folder is a complete model, and an earlier result is replaced."""
-    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe(models)))
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe(merge_models)))
     out = tmp_path / "merged-model"
     out.mkdir()
     (out / "mergekit_config.yml").touch()
@@ -102,7 +35,7 @@ def test_command(models, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge.yaml", "merged-model"]
     assert not (out / "model-00001-of-00002.safetensors").exists()
 
-    base, rsft, merged = load(models / "base"), load(models / "rsft"), load(out)
+    base, rsft, merged = load(merge_models / "base"), load(merge_models / "rsft"), load(out)
     assert merged.keys() == base.keys()
     for name, tensor in merged.items():
         assert tensor.dtype == torch.bfloat16
@@ -121,12 +54,12 @@ def test_command(models, tmp_path):
     )
     assert model.generate(**prompt, max_new_tokens=3).shape[1] > prompt["input_ids"].shape[1]
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        assert (out / name).read_bytes() == (models / "base" / name).read_bytes()
+        assert (out / name).read_bytes() == (merge_models / "base" / name).read_bytes()
 
     card = (out / "README.md").read_text()
     assert "# merged-model\n" in card
     assert "[MM4KE (Model Merging for Knowledge Editing)](https://arxiv.org/abs/2506.12384) merge method" in card
-    assert str(models / "rsft") in card
+    assert str(merge_models / "rsft") in card
 
 
 # mergekit 0.1.5 describes Gemma with tied and Phi-3 with untied embeddings only.
@@ -161,55 +94,41 @@ def test_equals_breadcrumbs_without_gamma(tmp_path):
     assert not torch.equal(ours[ffn()], load(tmp_path / "base")[ffn()])
 
 
-def test_sharded_models(models, tmp_path):
-    shutil.copytree(models / "rsft", tmp_path / "rsft")
+def test_sharded_models(merge_models, tmp_path):
+    shutil.copytree(merge_models / "rsft", tmp_path / "rsft")
     shard(tmp_path / "rsft")
-    content = recipe(models, models=[{"model": str(tmp_path / "rsft")}])
+    content = recipe(merge_models, models=[{"model": str(tmp_path / "rsft")}])
     merged = run_merge(content, tmp_path / "out", out_shard_size=20_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
-    assert torch.equal(merged[ffn()], expect(models, ffn()))
-
-
-def shard(folder: Path) -> list[Path]:
-    """Store the model of a folder in three files, as large models are."""
-    tensors = load(folder)
-    (folder / "model.safetensors").unlink()
-    weight_map = {}
-    for index in range(3):
-        file = f"model-0000{index + 1}-of-00003.safetensors"
-        part = {name: tensor for number, (name, tensor) in enumerate(tensors.items()) if number % 3 == index}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return sorted(folder.glob("*.safetensors"))
+    assert torch.equal(merged[ffn()], expect(merge_models, ffn()))
 
 
 # Parameters and dtypes
 
 
-def test_defaults_are_those_of_the_paper(models, tmp_path):
-    merged = run_merge(recipe(models), tmp_path / "out")
-    assert torch.equal(merged[ffn()], expect(models, ffn(), weights=[0.8], densities=[0.8]))
+def test_defaults_are_those_of_the_paper(merge_models, tmp_path):
+    merged = run_merge(recipe(merge_models), tmp_path / "out")
+    assert torch.equal(merged[ffn()], expect(merge_models, ffn(), weights=[0.8], densities=[0.8]))
 
 
-def test_parameters_per_model_and_deltas_add_up(models, tmp_path):
+def test_parameters_per_model_and_deltas_add_up(merge_models, tmp_path):
     entries = [
-        {"model": str(models / "rsft"), "parameters": {"weight": 0.5, "density": 0.3}},
-        {"model": str(models / "other"), "parameters": {"weight": -0.4}},
+        {"model": str(merge_models / "rsft"), "parameters": {"weight": 0.5, "density": 0.3}},
+        {"model": str(merge_models / "other"), "parameters": {"weight": -0.4}},
     ]
-    content = recipe(models, models=entries, parameters={"density": 0.6})
+    content = recipe(merge_models, models=entries, parameters={"density": 0.6})
     merged = run_merge(content, tmp_path / "out")
-    assert torch.equal(merged[ffn()], expect(models, ffn(), ("rsft", "other"), (0.5, -0.4), (0.3, 0.6)))
+    assert torch.equal(merged[ffn()], expect(merge_models, ffn(), ("rsft", "other"), (0.5, -0.4), (0.3, 0.6)))
 
 
-def test_gradients_and_filters(models, tmp_path):
+def test_gradients_and_filters(merge_models, tmp_path):
     """A gradient goes over the layers; a filter picks tensors; a tensor that no filter matches has the default."""
-    tensors = load(models / "base")
+    tensors = load(merge_models / "base")
     for name, tensor in tensors.items():
         if ".mlp." in name:
             tensors[name] = tensor.float() + 0.01 * torch.randn(tensor.shape)
-    shutil.copytree(models / "base", tmp_path / "base")
-    shutil.copytree(models / "base", tmp_path / "rsft")
+    shutil.copytree(merge_models / "base", tmp_path / "base")
+    shutil.copytree(merge_models / "base", tmp_path / "rsft")
     save(tensors, tmp_path / "rsft")
 
     weight = [{"filter": "up_proj", "value": 0}, {"filter": "mlp", "value": [0.3, 0.9]}]
@@ -230,19 +149,19 @@ def test_gradients_and_filters(models, tmp_path):
 @pytest.mark.parametrize(
     "key, name", [("dtype", "bfloat16"), ("out_dtype", "bfloat16"), ("dtype", "float32"), ("out_dtype", "float32")]
 )
-def test_dtype_is_that_of_the_result_and_not_of_the_inputs(models, tmp_path, key, name):
+def test_dtype_is_that_of_the_result_and_not_of_the_inputs(merge_models, tmp_path, key, name):
     """mergekit would cast the edited tensor to bfloat16 before its delta is taken."""
-    merged = run_merge(recipe(models, **{key: name}), tmp_path / "out")
+    merged = run_merge(recipe(merge_models, **{key: name}), tmp_path / "out")
     dtype = getattr(torch, name)
     assert all(tensor.dtype == dtype for tensor in merged.values())
-    assert torch.equal(merged[ffn()], expect(models, ffn(), dtype=dtype))
-    assert torch.equal(merged[ffn(0)], load(models / "base")[ffn(0)].to(dtype))
+    assert torch.equal(merged[ffn()], expect(merge_models, ffn(), dtype=dtype))
+    assert torch.equal(merged[ffn(0)], load(merge_models / "base")[ffn(0)].to(dtype))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
 
 
-def test_each_tensor_keeps_the_dtype_it_has_in_the_base(models, tmp_path):
+def test_each_tensor_keeps_the_dtype_it_has_in_the_base(merge_models, tmp_path):
     for name in ("base", "rsft"):
-        shutil.copytree(models / name, tmp_path / name)
+        shutil.copytree(merge_models / name, tmp_path / name)
         tensors = load(tmp_path / name)
         save(tensors | {"model.norm.weight": tensors["model.norm.weight"].float()}, tmp_path / name)
     merged = run_merge(recipe(tmp_path), tmp_path / "out")
@@ -279,60 +198,51 @@ BAD_RECIPES = {
 
 
 @pytest.mark.parametrize("changes, message", BAD_RECIPES.values(), ids=BAD_RECIPES)
-def test_bad_recipe(models, tmp_path, changes, message):
-    refuses(recipe(models, **changes), f"merge recipe: {message}", tmp_path)
+def test_bad_recipe(merge_models, tmp_path, changes, message):
+    refuses(recipe(merge_models, **changes), f"merge recipe: {message}", tmp_path)
 
 
-def refuses(content: dict, message: str, tmp_path: Path, out: str = "out", **options) -> None:
-    """The merge fails with one line that matches `message`, and leaves the folder as it was."""
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(MM4KEError, match=f"^{message}") as caught:
-        run_merge(content, tmp_path / out, **options)
-    assert "\n" not in str(caught.value)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-def test_bad_parameters_of_one_model(models, tmp_path):
-    entries = [{"model": str(models / "rsft"), "parameters": {"density": 2}}]
-    refuses(recipe(models, models=entries), r"merge recipe: models\[0\].parameters.density: 2: ", tmp_path)
-    entries = [{"model": str(models / "rsft"), "density": 0.2}]
+def test_bad_parameters_of_one_model(merge_models, tmp_path):
+    entries = [{"model": str(merge_models / "rsft"), "parameters": {"density": 2}}]
+    refuses(recipe(merge_models, models=entries), r"merge recipe: models\[0\].parameters.density: 2: ", tmp_path)
+    entries = [{"model": str(merge_models / "rsft"), "density": 0.2}]
     message = r"merge recipe: models\[0\].density: 0.2: .* write it under models\[0\].parameters"
-    refuses(recipe(models, models=entries), message, tmp_path)
+    refuses(recipe(merge_models, models=entries), message, tmp_path)
 
 
-def test_nothing_but_the_base(models, tmp_path):
-    refuses(recipe(models, ("base",)), "merge recipe: models: nothing but the base_model", tmp_path)
+def test_nothing_but_the_base(merge_models, tmp_path):
+    refuses(recipe(merge_models, ("base",)), "merge recipe: models: nothing but the base_model", tmp_path)
 
 
 @pytest.mark.parametrize("key", ["base_model", "models"])
 @pytest.mark.parametrize("kind", ["missing", "empty", "no weights", "no such hub id"])
-def test_missing_model(models, tmp_path, key, kind):
+def test_missing_model(merge_models, tmp_path, key, kind):
     folder = tmp_path / "model"
     if kind != "missing":
         folder.mkdir()
     if kind == "no weights":
-        shutil.copy(models / "base" / "config.json", folder)
+        shutil.copy(merge_models / "base" / "config.json", folder)
     path = "no-such-organisation/no-such-model" if kind == "no such hub id" else str(folder)
     changes = {"base_model": path} if key == "base_model" else {"models": [{"model": path}]}
     reason = "no such folder; give a model's folder or a hub id" if kind == "missing" else ""
-    refuses(recipe(models, **changes), f"merge recipe: {key}: {path}: {reason}", tmp_path)
+    refuses(recipe(merge_models, **changes), f"merge recipe: {key}: {path}: {reason}", tmp_path)
 
 
-def test_a_folder_that_looks_like_a_hub_id(models, tmp_path, monkeypatch):
+def test_a_folder_that_looks_like_a_hub_id(merge_models, tmp_path, monkeypatch):
     """mergekit's model card would ask the hub after the merge, and offline lose the result."""
-    monkeypatch.chdir(models)
-    content = recipe(models, base_model="base", models=[{"model": "./rsft"}])
+    monkeypatch.chdir(merge_models)
+    content = recipe(merge_models, base_model="base", models=[{"model": "./rsft"}])
     refuses(content, r"merge recipe: base_model: base: .*; write \./base", tmp_path)
     run_merge(content, tmp_path / "without-card", write_model_card=False)
     run_merge(content | {"base_model": "./base"}, tmp_path / "with-card")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
-def test_damaged_file(models, tmp_path, damage):
-    shutil.copytree(models / "rsft", tmp_path / "rsft")
+def test_damaged_file(merge_models, tmp_path, damage):
+    shutil.copytree(merge_models / "rsft", tmp_path / "rsft")
     file = tmp_path / "rsft" / "model.safetensors"
     damage_file(file, damage)
-    refuses(recipe(models, models=[{"model": str(tmp_path / "rsft")}]), f"{file}: damaged: ", tmp_path)
+    refuses(recipe(merge_models, models=[{"model": str(tmp_path / "rsft")}]), f"{file}: damaged: ", tmp_path)
 
 
 def damage_file(file: Path, damage: str) -> None:
@@ -341,8 +251,8 @@ def damage_file(file: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "missing", "another's"])
-def test_damaged_shard(models, tmp_path, damage):
-    shutil.copytree(models / "rsft", tmp_path / "rsft")
+def test_damaged_shard(merge_models, tmp_path, damage):
+    shutil.copytree(merge_models / "rsft", tmp_path / "rsft")
     first, second, _ = shard(tmp_path / "rsft")
     if damage == "missing":
         second.unlink()
@@ -350,44 +260,44 @@ def test_damaged_shard(models, tmp_path, damage):
         shutil.copy(first, second)
     else:
         damage_file(second, damage)
-    refuses(recipe(models, models=[{"model": str(tmp_path / "rsft")}]), f"{second}: damaged: ", tmp_path)
+    refuses(recipe(merge_models, models=[{"model": str(tmp_path / "rsft")}]), f"{second}: damaged: ", tmp_path)
 
 
-def test_models_of_different_depth(models, tmp_path):
+def test_models_of_different_depth(merge_models, tmp_path):
     make_tiny_model(tmp_path / "rsft", layers=3)
-    content = recipe(models, models=[{"model": str(tmp_path / "rsft")}])
+    content = recipe(merge_models, models=[{"model": str(tmp_path / "rsft")}])
     refuses(content, "merge recipe: models: .*: num_hidden_layers is 3, in base_model .* 4;", tmp_path)
 
 
-def test_models_of_different_shapes(models, tmp_path):
+def test_models_of_different_shapes(merge_models, tmp_path):
     make_tiny_model(tmp_path / "rsft", head_dim=16)
-    content = recipe(models, models=[{"model": str(tmp_path / "rsft")}])
+    content = recipe(merge_models, models=[{"model": str(tmp_path / "rsft")}])
     message = r"merge recipe: models: .*: model.layers.\d.self_attn.\w+.weight has the shape .*, in base_model .* \["
     refuses(content, message, tmp_path)
 
 
-def test_models_of_different_architectures(models, tmp_path):
+def test_models_of_different_architectures(merge_models, tmp_path):
     make_tiny_model(tmp_path / "rsft", "qwen2")
-    content = recipe(models, models=[{"model": str(tmp_path / "rsft")}])
+    content = recipe(merge_models, models=[{"model": str(tmp_path / "rsft")}])
     refuses(content, "merge recipe: models: .*: architectures is .*Qwen2ForCausalLM.*, in base_model ", tmp_path)
 
 
-def test_models_of_different_vocabulary_size(models, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(models / "rsft")
+def test_models_of_different_vocabulary_size(merge_models, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(merge_models / "rsft")
     model.resize_token_embeddings(272)
     model.save_pretrained(tmp_path / "rsft")
-    content = recipe(models, models=[{"model": str(tmp_path / "rsft")}])
+    content = recipe(merge_models, models=[{"model": str(tmp_path / "rsft")}])
     refuses(content, "merge recipe: models: .*: vocab_size is 272, in base_model .* 264", tmp_path)
 
 
-def test_models_of_different_vocabularies(models, tmp_path):
-    shutil.copytree(models / "rsft", tmp_path / "rsft")
+def test_models_of_different_vocabularies(merge_models, tmp_path):
+    shutil.copytree(merge_models / "rsft", tmp_path / "rsft")
     file = tmp_path / "rsft" / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     file.write_text(json.dumps(content))
-    content = recipe(models, models=[{"model": str(tmp_path / "rsft")}])
+    content = recipe(merge_models, models=[{"model": str(tmp_path / "rsft")}])
     refuses(content, "merge recipe: models: .*: 2 tokens have another id than in base_model .*, such as 'a'", tmp_path)
 
 
@@ -398,19 +308,19 @@ def test_tensors_that_mergekit_would_drop(tmp_path):
     refuses(recipe(tmp_path), message, tmp_path)
 
 
-def test_edited_model_equals_base(models, tmp_path):
-    shutil.copytree(models / "base", tmp_path / "rsft")
+def test_edited_model_equals_base(merge_models, tmp_path):
+    shutil.copytree(merge_models / "base", tmp_path / "rsft")
     save({name: tensor.float() for name, tensor in load(tmp_path / "rsft").items()}, tmp_path / "rsft")
-    content = recipe(models, models=[{"model": str(tmp_path / "rsft")}])
+    content = recipe(merge_models, models=[{"model": str(tmp_path / "rsft")}])
     message = "merge recipe: models: .*/rsft: equals base_model .*/base, so there is nothing to merge; did training"
     refuses(content, message, tmp_path)
 
 
 @pytest.mark.parametrize("place", ["base", "rsft"])
-def test_not_a_number(models, tmp_path, place):
+def test_not_a_number(merge_models, tmp_path, place):
     """Found in the middle of the merge, when files have been written aside."""
     for name in ("base", "rsft"):
-        shutil.copytree(models / name, tmp_path / name)
+        shutil.copytree(merge_models / name, tmp_path / name)
     tensors = load(tmp_path / place)
     tensors["model.layers.3.mlp.up_proj.weight"][1, 2] = float("nan")
     save(tensors, tmp_path / place)
@@ -420,12 +330,12 @@ def test_not_a_number(models, tmp_path, place):
     refuses(recipe(tmp_path), message, tmp_path, out_shard_size=10_000)
 
 
-def test_command_fails_in_one_line(models, tmp_path):
-    shutil.copytree(models / "rsft", tmp_path / "rsft")
+def test_command_fails_in_one_line(merge_models, tmp_path):
+    shutil.copytree(merge_models / "rsft", tmp_path / "rsft")
     tensors = load(tmp_path / "rsft")
     tensors[ffn()][0, 0] = float("inf")
     save(tensors, tmp_path / "rsft")
-    content = recipe(models, models=[{"model": "./rsft"}])
+    content = recipe(merge_models, models=[{"model": "./rsft"}])
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(content))
     done = run_command("mergekit-yaml", "--quiet", "merge.yaml", "out", cwd=tmp_path)
     assert done.returncode == 1
@@ -434,31 +344,31 @@ def test_command_fails_in_one_line(models, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge.yaml", "rsft"]
 
 
-def test_unsupported_version(models, tmp_path, monkeypatch):
+def test_unsupported_version(merge_models, tmp_path, monkeypatch):
     monkeypatch.setattr(adapter, "MERGEKIT", dataclasses.replace(MERGEKIT, supported="<0.1.5"))
-    refuses(recipe(models), r"merge_method: mm4ke needs mergekit<0\.1\.5, found 0\.1\.", tmp_path)
+    refuses(recipe(merge_models), r"merge_method: mm4ke needs mergekit<0\.1\.5, found 0\.1\.", tmp_path)
 
 
 # The output folder
 
 
-def test_output_is_not_an_earlier_result(models, tmp_path):
+def test_output_is_not_an_earlier_result(merge_models, tmp_path):
     (tmp_path / "file").touch()
-    refuses(recipe(models), f"{tmp_path}: exists and is no earlier result of mergekit", tmp_path, out=".")
-    refuses(recipe(models), f"{tmp_path}/file: exists and is no earlier result", tmp_path, out="file")
+    refuses(recipe(merge_models), f"{tmp_path}: exists and is no earlier result of mergekit", tmp_path, out=".")
+    refuses(recipe(merge_models), f"{tmp_path}/file: exists and is no earlier result", tmp_path, out="file")
 
 
-def test_output_is_an_input(models, tmp_path):
-    shutil.copytree(models / "base", tmp_path / "base")
+def test_output_is_an_input(merge_models, tmp_path):
+    shutil.copytree(merge_models / "base", tmp_path / "base")
     (tmp_path / "base" / "mergekit_config.yml").touch()
-    content = recipe(models, base_model=str(tmp_path / "base"))
+    content = recipe(merge_models, base_model=str(tmp_path / "base"))
     refuses(content, f"{tmp_path}/base: is one of the models to merge", tmp_path, out="base")
 
 
-def test_output_is_an_empty_folder_or_one_to_be_made(models, tmp_path):
+def test_output_is_an_empty_folder_or_one_to_be_made(merge_models, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert run_merge(recipe(models), tmp_path / "empty")
-    assert run_merge(recipe(models), tmp_path / "new" / "folder")
+    assert run_merge(recipe(merge_models), tmp_path / "empty")
+    assert run_merge(recipe(merge_models), tmp_path / "new" / "folder")
 
 
 def test_an_interrupted_merge_leaves_nothing(tmp_path):
@@ -480,18 +390,18 @@ def test_an_earlier_result_survives_a_failed_renaming(tmp_path):
 # Other recipes, other ways to import mergekit
 
 
-def test_other_methods_are_left_alone(models, tmp_path):
+def test_other_methods_are_left_alone(merge_models, tmp_path):
     """They take unknown parameters and write into a folder that has other files, as without the plugin."""
     (tmp_path / "notes.txt").touch()
-    stock = recipe(models, merge_method="task_arithmetic", parameters={"weight": 1, "wieght": 2})
+    stock = recipe(merge_models, merge_method="task_arithmetic", parameters={"weight": 1, "wieght": 2})
     merged = run_merge(stock, tmp_path)
     assert merged[ffn()].dtype == torch.float32
     assert (tmp_path / "notes.txt").exists()
 
 
-def test_mergekit_imported_before_torch(models, tmp_path):
+def test_mergekit_imported_before_torch(merge_models, tmp_path):
     """mergekit.merge is half-imported when PyTorch calls us; the method still is there and checks its tensors."""
-    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe(models)))
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe(merge_models)))
     (tmp_path / "program.py").write_text(
         "import mergekit.merge, sys, yaml, warnings\n"
         "from mergekit.config import MergeConfiguration\n"
@@ -500,7 +410,7 @@ def test_mergekit_imported_before_torch(models, tmp_path):
     )
     done = run_command("python", "-W", "error::UserWarning:mm4ke_plugins", "program.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(load(tmp_path / "out")[ffn()], expect(models, ffn()))
+    assert torch.equal(load(tmp_path / "out")[ffn()], expect(merge_models, ffn()))
 
 
 @pytest.mark.parametrize("name", sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("recipes/**/merge.yaml")))

@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 from mergekit.io.tasks import LoaderCache
 from mergekit.scripts import multimerge
-from test_mergekit import edit, expect, ffn, load, models, recipe, run_merge, save  # noqa: F401
+from mergekit_helpers import edit, expect, ffn, load, recipe, run_merge, save
 from tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -19,9 +19,9 @@ from mm4ke_plugins.errors import MM4KEError
 
 
 @pytest.fixture
-def home(models, tmp_path) -> Path:  # noqa: F811
+def home(merge_models, tmp_path) -> Path:
     for name in ("base", "rsft", "other"):
-        shutil.copytree(models / name, tmp_path / name)
+        shutil.copytree(merge_models / name, tmp_path / name)
     return tmp_path
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from conftest import run_command
-from test_mergekit import edit, expect, ffn, load, models, recipe, refuses, run_merge, save  # noqa: F401
+from mergekit_helpers import edit, expect, ffn, load, recipe, refuses, run_merge, save
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -71,8 +71,8 @@ BAD = {
 
 @pytest.mark.parametrize("command", ["mergekit-yaml", "mergekit-multi", "mergekit-pytorch"])
 @pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD)
-def test_a_bad_recipe(models, tmp_path, command, changes, message):  # noqa: F811
-    write(tmp_path, recipe(models, **changes))
+def test_a_bad_recipe(merge_models, tmp_path, command, changes, message):
+    write(tmp_path, recipe(merge_models, **changes))
     line = refused(run(*commands(tmp_path)[command]))
     place = "document 1: " if command == "mergekit-multi" else ""
     assert re.match(f"{tmp_path}/merge.yaml: {place}{message}", line), line
@@ -94,8 +94,8 @@ def test_broken_yaml(tmp_path, command, text, message):
     assert refused(run(*commands(tmp_path)[command])).startswith(f"{tmp_path}/merge.yaml: {message}")
 
 
-def test_recipes_of_other_methods_are_mergekits_business(models, tmp_path):  # noqa: F811
-    stock = {"merge_method": "linear", "models": [{"model": str(models / "rsft"), "parameters": {"weight": 1}}]}
+def test_recipes_of_other_methods_are_mergekits_business(merge_models, tmp_path):
+    stock = {"merge_method": "linear", "models": [{"model": str(merge_models / "rsft"), "parameters": {"weight": 1}}]}
     for document in (
         stock | {"merge_method": "liner"},
         "merge_method: linear\nmodels: {",
@@ -120,12 +120,12 @@ def stages(folder: Path, **changes) -> list[dict]:
     return [first, second, {key: value for key, value in last.items() if value is not None}]
 
 
-def test_several_merges(models, tmp_path):  # noqa: F811
-    write(tmp_path, *stages(models))
+def test_several_merges(merge_models, tmp_path):
+    write(tmp_path, *stages(merge_models))
     command = commands(tmp_path)["mergekit-multi"]
     done = run(*command)
     assert done.exit_code == 0, done.exception
-    base, parts = load(models / "base"), tmp_path / "parts"
+    base, parts = load(merge_models / "base"), tmp_path / "parts"
     expected = merge(
         base[ffn()], [load(parts / name)[ffn()] for name in ("first", "second")], [0.8] * 2, [0.8] * 2, names="abc"
     )
@@ -151,7 +151,7 @@ LATE = {
 
 @pytest.mark.parametrize("changes, message", LATE.values(), ids=LATE)
 def test_a_bad_last_document_shows_before_the_first_merge(
-    models,  # noqa: F811
+    merge_models,
     tmp_path,
     monkeypatch,
     changes,
@@ -160,20 +160,20 @@ def test_a_bad_last_document_shows_before_the_first_merge(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "LORA").mkdir()
     (tmp_path / "LORA" / "adapter_config.json").write_text("{}")
-    write(tmp_path, *stages(models, **changes))
+    write(tmp_path, *stages(merge_models, **changes))
     line = refused(run(*commands(tmp_path)["mergekit-multi"], "--no-write-model-card"))
     assert line.startswith(f"{tmp_path}/merge.yaml: {message}"), line
     assert not list((tmp_path / "parts").glob("*"))
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "mm4ke\n"])
-def test_a_document_that_is_no_recipe(models, tmp_path, text):  # noqa: F811
-    write(tmp_path, recipe(models) | {"name": "a"}, text + "\n")
+def test_a_document_that_is_no_recipe(merge_models, tmp_path, text):
+    write(tmp_path, recipe(merge_models) | {"name": "a"}, text + "\n")
     assert "document 2: no recipe; give keys" in refused(run(*commands(tmp_path)["mergekit-multi"]))
 
 
-def test_the_output_is_looked_at_before_the_first_merge(models, tmp_path):  # noqa: F811
-    write(tmp_path, *stages(models))
+def test_the_output_is_looked_at_before_the_first_merge(merge_models, tmp_path):
+    write(tmp_path, *stages(merge_models))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").touch()
     line = refused(run(*commands(tmp_path)["mergekit-multi"]))
@@ -181,30 +181,30 @@ def test_the_output_is_looked_at_before_the_first_merge(models, tmp_path):  # no
     assert not list((tmp_path / "parts").glob("*"))
 
 
-def test_several_documents_for_one_merge(models, tmp_path):  # noqa: F811
-    write(tmp_path, *stages(models))
+def test_several_documents_for_one_merge(merge_models, tmp_path):
+    write(tmp_path, *stages(merge_models))
     message = "merge.yaml: 3 documents, separated by ---; give one, or merge them with mergekit-multi"
     assert message in refused(run(*commands(tmp_path)["mergekit-yaml"]))
 
 
-def test_the_real_commands(models, tmp_path):  # noqa: F811
+def test_the_real_commands(merge_models, tmp_path):
     """There torch, and with it the plugin, is imported in the middle of mergekit's import."""
-    write(tmp_path, *stages(models, parameters={"weight": 80}))
+    write(tmp_path, *stages(merge_models, parameters={"weight": 80}))
     done = run_command("mergekit-multi", "merge.yaml", "--out-path", "out", "-I", "parts", cwd=tmp_path)
     line = "mm4ke: error: merge.yaml: document 3: parameters.weight: 80: Input should be less than or equal to 10"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, line)
     assert "Traceback" not in done.stderr and not list((tmp_path / "parts").glob("*"))
 
-    flat(models, tmp_path, dtype="bfloat16", parameters={"wieght": 1})
+    flat(merge_models, tmp_path, dtype="bfloat16", parameters={"wieght": 1})
     done = run_command("mergekit-pytorch", "merge.yaml", "out", cwd=tmp_path)
     line = "mm4ke: error: merge.yaml: parameters.wieght: unknown; mm4ke has: weight, density"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, line)
-    flat(models, tmp_path, dtype="bfloat16")
+    flat(merge_models, tmp_path, dtype="bfloat16")
     done = run_command("python", "-m", "mergekit.scripts.merge_raw_pytorch", "merge.yaml", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr  # that module has no main, so nothing is written
     done = run_command("mergekit-pytorch", "merge.yaml", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(load(tmp_path / "out")[ffn()], expect(models, ffn()))
+    assert torch.equal(load(tmp_path / "out")[ffn()], expect(merge_models, ffn()))
 
 
 # ---- files of tensors ----
@@ -217,20 +217,20 @@ def flat(folder: Path, tmp_path: Path, **changes) -> Path:
 
 
 @pytest.mark.parametrize("dtypes", [{}, {"dtype": "bfloat16"}, {"out_dtype": "float16"}, {"dtype": "float32"}])
-def test_files_are_rounded_once(models, tmp_path, dtypes):  # noqa: F811
+def test_files_are_rounded_once(merge_models, tmp_path, dtypes):
     """R-SFT's float32 numbers would be bfloat16 before their delta is taken."""
-    flat(models, tmp_path, **dtypes)
+    flat(merge_models, tmp_path, **dtypes)
     done = run(merge_raw_pytorch, tmp_path / "merge.yaml", tmp_path / "out")
     assert done.exit_code == 0, done.exception
     dtype = getattr(torch, next(iter(dtypes.values()), "bfloat16"))
     merged = load(tmp_path / "out")
-    assert torch.equal(merged[ffn()], expect(models, ffn(), dtype=dtype))
+    assert torch.equal(merged[ffn()], expect(merge_models, ffn(), dtype=dtype))
     assert {tensor.dtype for tensor in merged.values()} == {dtype}
 
 
-def test_files_are_opened_anew_for_each_merge(models, tmp_path):  # noqa: F811
+def test_files_are_opened_anew_for_each_merge(merge_models, tmp_path):
     for name in ("base", "rsft"):
-        shutil.copytree(models / name, tmp_path / name)
+        shutil.copytree(merge_models / name, tmp_path / name)
     flat(tmp_path, tmp_path)
     run(merge_raw_pytorch, tmp_path / "merge.yaml", tmp_path / "out")
     shutil.rmtree(tmp_path / "rsft")
@@ -240,65 +240,67 @@ def test_files_are_opened_anew_for_each_merge(models, tmp_path):  # noqa: F811
     assert not torch.equal(load(tmp_path / "again")[ffn()], load(tmp_path / "out")[ffn()])
 
 
-def test_other_methods_still_cast_their_files(models, tmp_path):  # noqa: F811
-    flat(models, tmp_path, dtype="bfloat16")
+def test_other_methods_still_cast_their_files(merge_models, tmp_path):
+    flat(merge_models, tmp_path, dtype="bfloat16")
     run(merge_raw_pytorch, tmp_path / "merge.yaml", tmp_path / "ours")
-    flat(models, tmp_path, merge_method="task_arithmetic", parameters={"weight": 1.0}, dtype="bfloat16")
+    flat(merge_models, tmp_path, merge_method="task_arithmetic", parameters={"weight": 1.0}, dtype="bfloat16")
     run(merge_raw_pytorch, tmp_path / "merge.yaml", tmp_path / "out")
-    base = load(models / "base")[ffn()]
-    assert torch.equal(load(tmp_path / "out")[ffn()], base + (load(models / "rsft")[ffn()].bfloat16() - base))
+    base = load(merge_models / "base")[ffn()]
+    assert torch.equal(load(tmp_path / "out")[ffn()], base + (load(merge_models / "rsft")[ffn()].bfloat16() - base))
 
 
-def test_files_of_other_tensors(models, tmp_path):  # noqa: F811
-    shutil.copytree(models / "rsft", tmp_path / "rsft")
+def test_files_of_other_tensors(merge_models, tmp_path):
+    shutil.copytree(merge_models / "rsft", tmp_path / "rsft")
     entries = [{"model": str(tmp_path / "rsft/model.safetensors")}]
-    tensors = load(models / "rsft")
+    tensors = load(merge_models / "rsft")
     tensors.pop(ffn())
     save(tensors, tmp_path / "rsft")
-    flat(models, tmp_path, models=entries)
+    flat(merge_models, tmp_path, models=entries)
     command = [merge_raw_pytorch, tmp_path / "merge.yaml", tmp_path / "out"]
-    message = f"merge.yaml: base_model: {models}/base/model.safetensors: {ffn()} is in no other file; give files that"
+    message = (
+        f"merge.yaml: base_model: {merge_models}/base/model.safetensors: {ffn()} is in no other file; give files that"
+    )
     assert message in refused(run(*command))
     assert run(*command, "--tensor-intersection").exit_code == 0
     shutil.rmtree(tmp_path / "out")
-    save(load(models / "rsft") | {"another": torch.zeros(1)}, tmp_path / "rsft")
+    save(load(merge_models / "rsft") | {"another": torch.zeros(1)}, tmp_path / "rsft")
     assert "merge.yaml: Missing tensors; give files that hold the same" in refused(run(*command))
     (tmp_path / "rsft" / "model.safetensors").write_bytes(b"1234567890")
     assert "give files that hold the same tensors" in refused(run(*command))
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_are_not_there(models, tmp_path):  # noqa: F811
-    flat(models, tmp_path, base_model=str(models / "base"))
-    message = f"base_model: {models}/base: no such file; give a file of tensors, such as {models}/base/model.safetens"
+def test_files_that_are_not_there(merge_models, tmp_path):
+    flat(merge_models, tmp_path, base_model=str(merge_models / "base"))
+    message = f"base_model: {merge_models}/base: no such file; give a file of tensors, such as {merge_models}/base/model.safetens"
     assert message in refused(run(merge_raw_pytorch, tmp_path / "merge.yaml", tmp_path / "out"))
-    flat(models, tmp_path)
-    before = (models / "rsft" / "model.safetensors").stat().st_mtime_ns
+    flat(merge_models, tmp_path)
+    before = (merge_models / "rsft" / "model.safetensors").stat().st_mtime_ns
     message = "rsft/model.safetensors: is in the folder for the result; give another folder"
-    assert message in refused(run(merge_raw_pytorch, tmp_path / "merge.yaml", models / "rsft"))
-    assert (models / "rsft" / "model.safetensors").stat().st_mtime_ns == before
+    assert message in refused(run(merge_raw_pytorch, tmp_path / "merge.yaml", merge_models / "rsft"))
+    assert (merge_models / "rsft" / "model.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("out_dtype", [None, torch.float32])
-def test_state_dicts(models, dtype, out_dtype):  # noqa: F811
+def test_state_dicts(merge_models, dtype, out_dtype):
     """`dtype` is that of the result here too."""
-    state_dicts = {name: load(models / name) for name in ("base", "rsft")}
+    state_dicts = {name: load(merge_models / name) for name in ("base", "rsft")}
     merged = mergekit.merge_methods.api.merge_state_dicts(
         state_dicts, "mm4ke", base="base", parameters={"weight": 0.5}, dtype=dtype, out_dtype=out_dtype
     )
-    expected = expect(models, ffn(), weights=[0.5], dtype=out_dtype or dtype)
+    expected = expect(merge_models, ffn(), weights=[0.5], dtype=out_dtype or dtype)
     assert merged[ffn()].dtype == expected.dtype and torch.equal(merged[ffn()], expected)
 
 
 # ---- mergekit-legacy ----
 
 
-def test_legacy(models, tmp_path):  # noqa: F811
-    options = ["--merge", models / "rsft", "--base-model", models / "base", "--method", "mm4ke"]
+def test_legacy(merge_models, tmp_path):
+    options = ["--merge", merge_models / "rsft", "--base-model", merge_models / "base", "--method", "mm4ke"]
     done = run(legacy, tmp_path / "out", *options, "--weight", "0.5", "--density", "0.3")
     assert done.exit_code == 0, done.exception
-    assert torch.equal(load(tmp_path / "out")[ffn()], expect(models, ffn(), weights=[0.5], densities=[0.3]))
+    assert torch.equal(load(tmp_path / "out")[ffn()], expect(merge_models, ffn(), weights=[0.5], densities=[0.3]))
     assert "normalize" not in (tmp_path / "out" / "mergekit_config.yml").read_text()
     assert run(legacy, tmp_path / "out", *options, "--no-normalize", "--bf16").exit_code == 0
     for option in ("--normalize", "--int8-mask", "--naive-count"):
@@ -315,15 +317,15 @@ def test_legacy(models, tmp_path):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def larger(models, tmp_path_factory) -> Path:  # noqa: F811
+def larger(merge_models, tmp_path_factory) -> Path:
     """`rsft` with eight more tokens than `base`, and a base with eight more than that."""
     folder = tmp_path_factory.mktemp("larger")
-    shutil.copytree(models / "base", folder / "base")
-    shutil.copytree(models / "rsft", folder / "smaller")
+    shutil.copytree(merge_models / "base", folder / "base")
+    shutil.copytree(merge_models / "rsft", folder / "smaller")
     for name in ("base", "rsft"):
-        model = AutoModelForCausalLM.from_pretrained(models / name, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(merge_models / name, dtype="auto")
         model.resize_token_embeddings(272)
-        shutil.copytree(models / name, folder / f"large-{name}")
+        shutil.copytree(merge_models / name, folder / f"large-{name}")
         model.save_pretrained(folder / f"large-{name}")
     return folder
 
@@ -358,12 +360,14 @@ def test_other_architectures(tmp_path):
     assert torch.equal(merged[ffn()], expect(tmp_path, ffn()))
 
 
-def test_a_lora_without_a_cache(models, tmp_path):  # noqa: F811
+def test_a_lora_without_a_cache(merge_models, tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    entries = [{"model": f"{models}/base+{tmp_path}/lora"}]
+    entries = [{"model": f"{merge_models}/base+{tmp_path}/lora"}]
     message = "merge recipe: models: .*: the LoRA has to be merged into its model first; give --lora-merge-cache FOLD"
-    refuses(recipe(models, models=entries), message, tmp_path)
+    refuses(recipe(merge_models, models=entries), message, tmp_path)
     entries = [{"model": f"{tmp_path}/lora"}]
-    message = rf"merge recipe: models: {tmp_path}/lora: is a LoRA, not a model; write {models}/base\+{tmp_path}/lora "
-    refuses(recipe(models, models=entries), message, tmp_path)
+    message = (
+        rf"merge recipe: models: {tmp_path}/lora: is a LoRA, not a model; write {merge_models}/base\+{tmp_path}/lora "
+    )
+    refuses(recipe(merge_models, models=entries), message, tmp_path)

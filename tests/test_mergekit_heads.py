@@ -2,18 +2,16 @@
 
 import json
 
+import mergekit_helpers
 import pytest
-import test_mergekit
 import torch
-from test_tied_heads import (  # noqa: F401
+from tied_heads import (
     EDITS,
     EMBEDDING,
     HEAD,
     UP,
-    bases,
     change,
     edit_of,
-    logits,
     moved,
     same_logits,
     tensors_of,
@@ -28,41 +26,41 @@ WHOLE = {"weight": 1, "density": 1}
 def merge(base, out, *edited, **options) -> None:
     models = [{"model": str(path), "parameters": options or WHOLE} for path in edited]
     content = {"merge_method": "mm4ke", "base_model": str(base), "models": models}
-    test_mergekit.run_merge(content, out)
+    mergekit_helpers.run_merge(content, out)
 
 
 @pytest.mark.parametrize("kind", EDITS)
 @pytest.mark.parametrize("base", ["once", "twice", "shards"])
-def test_the_result_is_the_edited_model(bases, tmp_path, base, kind):  # noqa: F811
-    edited = edit_of(bases, kind, tmp_path / "edited")
-    merge(bases / base, tmp_path / "out", edited)
+def test_the_result_is_the_edited_model(tied_bases, tmp_path, base, kind):
+    edited = edit_of(tied_bases, kind, tmp_path / "edited")
+    merge(tied_bases / base, tmp_path / "out", edited)
     assert same_logits(tmp_path / "out", edited)
     unties = kind.startswith(("head", "embedding, head kept"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is not unties
 
-    extract(bases / base, edited, tmp_path / "d")
+    extract(tied_bases / base, edited, tmp_path / "d")
     for place in ("once", "twice"):
-        merge(bases / place, tmp_path / f"of-delta-{place}", tmp_path / "d")
+        merge(tied_bases / place, tmp_path / f"of-delta-{place}", tmp_path / "d")
         assert same_logits(tmp_path / f"of-delta-{place}", edited)
 
-    merge(bases / base, tmp_path / "merged", edited, weight=0.6, density=0.5)
-    apply(bases / base, [tmp_path / "d"], tmp_path / "applied", [0.6], [0.5])
+    merge(tied_bases / base, tmp_path / "merged", edited, weight=0.6, density=0.5)
+    apply(tied_bases / base, [tmp_path / "d"], tmp_path / "applied", [0.6], [0.5])
     merged, applied = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "applied")
     for name in {EMBEDDING, UP} | applied.keys():
         assert torch.equal(merged[name], applied[name]), name
 
 
 @pytest.mark.parametrize("stored", ["head stored", "head stored and no longer tied"])
-def test_a_head_that_is_only_stored_is_no_edit(bases, tmp_path, stored):  # noqa: F811
-    same = tensors_of(bases / "once")[EMBEDDING]
-    edited = change(bases / "once", tmp_path / "edited", {HEAD: same}, tie="no longer" not in stored)
+def test_a_head_that_is_only_stored_is_no_edit(tied_bases, tmp_path, stored):
+    same = tensors_of(tied_bases / "once")[EMBEDDING]
+    edited = change(tied_bases / "once", tmp_path / "edited", {HEAD: same}, tie="no longer" not in stored)
     with pytest.raises(MM4KEError, match="edited: equals base_model"):
-        merge(bases / "once", tmp_path / "out", edited)
+        merge(tied_bases / "once", tmp_path / "out", edited)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_head_that_is_nowhere(bases, tmp_path):  # noqa: F811
-    edited = change(bases / "once", tmp_path / "edited", {UP: moved(bases / "once", UP, 1)}, tie=False)
+def test_a_head_that_is_nowhere(tied_bases, tmp_path):
+    edited = change(tied_bases / "once", tmp_path / "edited", {UP: moved(tied_bases / "once", UP, 1)}, tie=False)
     with pytest.raises(MM4KEError, match=f"^models: {edited}: .* is missing; copy or save the model again"):
-        merge(bases / "once", tmp_path / "out", edited)
+        merge(tied_bases / "once", tmp_path / "out", edited)
     assert not (tmp_path / "out").exists()

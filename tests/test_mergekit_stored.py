@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_mergekit import LAYER, edit, expect, ffn, load, recipe, refuses, run_merge, save, shard
-from test_mergekit_stream import streamed  # noqa: F401  (a fixture)
+from mergekit_helpers import LAYER, edit, expect, ffn, load, recipe, refuses, run_merge, save, shard
 from tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -53,11 +52,11 @@ def make_pair(folder: Path, family: str, **config) -> list[str]:
 
 
 @pytest.mark.parametrize("family, config", (FITTING | OTHERS).items(), ids=FITTING | OTHERS)
-def test_architectures(family, config, tmp_path, streamed):  # noqa: F811
+def test_architectures(family, config, tmp_path, streamed_merges):
     """The same tensors as before, of which the edited ones are merged; the same as by `mm4ke delta`, bit for bit."""
     edited = make_pair(tmp_path, family, **config)
     merged, base = run_merge(recipe(tmp_path), tmp_path / "out"), load(tmp_path / "base")
-    assert edited and streamed == [len(base)]
+    assert edited and streamed_merges == [len(base)]
     assert merged.keys() == base.keys()
     assert sorted(name for name in base if not torch.equal(merged[name], base[name])) == sorted(edited)
     for name in edited:
@@ -229,9 +228,9 @@ def quantized(request, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("quantized", ["gptq"], indirect=True)
-def test_integers_stay_as_they_are(quantized, streamed):  # noqa: F811
+def test_integers_stay_as_they_are(quantized, streamed_merges):
     merged, base = run_merge(recipe(quantized), quantized / "out"), load(quantized / "base")
-    assert streamed == [len(base)] and merged.keys() == base.keys()
+    assert streamed_merges == [len(base)] and merged.keys() == base.keys()
     for name, tensor in merged.items():
         assert tensor.dtype == base[name].dtype
         assert torch.equal(tensor, expect(quantized, name) if f"{LAYER}.mlp" in name else base[name])

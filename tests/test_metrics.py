@@ -1,14 +1,11 @@
 """The metrics against one-by-one reimplementations, and against EasyEdit's own function."""
 
-import ast
 import json
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
+from knowedit_helpers import RECORDS, easyedit_function
 from tiny import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,31 +20,6 @@ from mm4ke_plugins.knowedit.metrics import (
 )
 from mm4ke_plugins.knowedit.prompts import PROMPT_FORMATS, Encoded, Question, chat_prompt, encode
 from mm4ke_plugins.knowedit.records import read_records
-
-TOWNS = ["Arnholt", "Brevik", "Casterly", "Dunmorrow", "Eskerdale", "Fenwick Bay", "Gorlitz", "Ötztal"]
-RECORDS = [
-    {
-        "subject": town,
-        "prompt": f"Who founded {town}?",
-        "target_new": f"{town[::-1]} the {'very ' * index}Old",
-        "ground_truth": ["nobody"],
-        "rephrase_prompt": f"{town} was founded by",
-        "portability": {
-            "Reasoning": [
-                {"prompt": f"The century in which {town} was founded:", "ground_truth": "the twelfth"},
-                {"prompt": f"The founder of {town} was born in", "ground_truth": [["Oslo", "Christiania"]]},
-            ],
-            "Subject_Aliasing": [{"prompt": f"Who started {town[:3]}.?", "ground_truth": [f"{town[::-1]}"]}],
-        },
-        "locality": {
-            "Relation_Specificity": [
-                {"prompt": f"{town} lies in", "ground_truth": ["Norway"]},
-                {"prompt": f"The river of {town} is called the", "ground_truth": ["Long and Winding Water"]},
-            ]
-        },
-    }
-    for index, town in enumerate(TOWNS)
-]
 
 
 def load(folder):
@@ -263,19 +235,6 @@ def test_free_answers_stop_by_themselves_and_ignore_the_models_sampling(tmp_path
 
 
 # ---- EasyEdit ----
-
-
-def easyedit_function():
-    """EasyEdit's own `test_prediction_acc`; only it, since importing EasyEdit takes a dozen more packages."""
-    source = Path(os.environ["EASYEDIT_HOME"], "easyeditor/evaluate/evaluate_utils.py").read_text(encoding="utf-8")
-    wanted = [
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name in ("test_prediction_acc", "slice_list")
-    ]
-    names = {"torch": torch, "np": numpy, "normalize_device": torch.device}
-    exec(compile(ast.Module(wanted, []), "evaluate_utils.py", "exec"), names)  # noqa: S102
-    return names["test_prediction_acc"]
 
 
 @pytest.mark.easyedit

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, run_command
+from llamafactory_helpers import saved
 from safetensors.torch import load_file
-from test_llamafactory import recipe, saved, tiny_llama  # noqa: F401  (fixtures)
 
 PATCHES = sorted((ROOT / "third_party_patches" / "llamafactory").glob("*.patch"))
 INSTALLED = Path(llamafactory.__file__).parent
@@ -26,20 +26,20 @@ def patched(tmp_path_factory) -> Path:
     return folder
 
 
-def run_patched(patched, recipe, tmp_path, **env):  # noqa: F811
+def run_patched(patched, recipe, tmp_path, **env):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = ("llamafactory-cli", "train", tmp_path / "recipe.yaml")
     return run_command(*command, PYTHONPATH=str(patched), TORCH_DEVICE_BACKEND_AUTOLOAD="0", **env)
 
 
-def test_the_host_loads_us_by_its_own_entry_points(patched, recipe, tmp_path):  # noqa: F811
-    run = run_patched(patched, recipe | {"num_train_epochs": 2}, tmp_path)
+def test_the_host_loads_us_by_its_own_entry_points(patched, rsft_recipe, tmp_path):
+    run = run_patched(patched, rsft_recipe | {"num_train_epochs": 2}, tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert [entry["rsft_visits"] for entry in saved(recipe)[1]] == [3, 3]
+    assert [entry["rsft_visits"] for entry in saved(rsft_recipe)[1]] == [3, 3]
 
 
-def test_freeze_layer_ids_trains_exactly_these_layers(patched, recipe, tiny_llama, tmp_path):  # noqa: F811
-    plain = {key: value for key, value in recipe.items() if not key.startswith("rsft")}
+def test_freeze_layer_ids_trains_exactly_these_layers(patched, rsft_recipe, tiny_llama, tmp_path):
+    plain = {key: value for key, value in rsft_recipe.items() if not key.startswith("rsft")}
     plain |= {"freeze_layer_ids": "0,2", "freeze_trainable_modules": "mlp", "num_train_epochs": 1}
     run = run_patched(patched, plain, tmp_path, MM4KE_PLUGINS="none")
     assert run.returncode == 0, run.stderr[-2000:]

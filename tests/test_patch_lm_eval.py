@@ -8,7 +8,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 from conftest import ROOT, run_command
-from test_lm_eval import models, results  # noqa: F401  (models is a fixture)
+from lm_eval_helpers import results
 
 PATCHES = sorted((ROOT / "third_party_patches" / "lm_eval").glob("*.patch"))
 INSTALLED = Path(lm_eval.__file__).parent
@@ -35,10 +35,10 @@ def patched(tmp_path) -> Path:
     return folder
 
 
-def test_the_host_finds_tasks_and_model_by_its_own_entry_points(patched, models, tmp_path):  # noqa: F811
+def test_the_host_finds_tasks_and_model_by_its_own_entry_points(patched, lm_eval_models, tmp_path):
     run = run_command(
         "lm_eval", "run", "--tasks", "knowedit_facts_edit_success", "--model", "mm4ke",
-        "--model_args", f"pretrained={models / 'out'},reference={models / 'base'}", "--device", "cpu",
+        "--model_args", f"pretrained={lm_eval_models / 'out'},reference={lm_eval_models / 'base'}", "--device", "cpu",
         "--metadata", f"knowedit_file={ROOT / 'recipes/facts.json'}", "knowedit_limit=2",
         "--output_path", tmp_path / "eval", cwd=tmp_path, PYTHONPATH=str(patched), TORCH_DEVICE_BACKEND_AUTOLOAD="0",
     )  # fmt: skip

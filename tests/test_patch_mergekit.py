@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, run_command
-from test_mergekit import expect, ffn, load, models, recipe  # noqa: F401  (models is a fixture)
+from mergekit_helpers import expect, ffn, load, recipe
 from tiny import FAMILIES, make_tiny_model
 
 PATCHES = sorted((ROOT / "third_party_patches" / "mergekit").glob("*.patch"))
@@ -36,13 +36,13 @@ def declare(folder: Path, name: str, entry: str) -> None:
     (info / "entry_points.txt").write_text(f"[{GROUP}]\n{entry}\n")
 
 
-def test_the_host_finds_our_method_by_its_own_entry_points(patched, models, tmp_path):  # noqa: F811
-    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe(models)))
+def test_the_host_finds_our_method_by_its_own_entry_points(patched, merge_models, tmp_path):
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe(merge_models)))
     environment = {"PYTHONPATH": str(patched), "MM4KE_PLUGINS": "none"}
     run = run_command("mergekit-yaml", "merge.yaml", "out", cwd=tmp_path, **environment)
     assert run.returncode == 0, run.stderr
     assert "Could not load merge method broken from no_such_module:METHOD" in run.stderr
-    assert torch.equal(load(tmp_path / "out")[ffn()], expect(models, ffn()))
+    assert torch.equal(load(tmp_path / "out")[ffn()], expect(merge_models, ffn()))
 
 
 def test_mergekit_has_no_such_entry_points_yet():

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_mergekit import ffn, load, models, recipe, refuses, run_merge, shard  # noqa: F401  (models is a fixture)
+from mergekit_helpers import recipe, refuses, run_merge
 
 from mm4ke_plugins.delta.folders import apply, extract, revert
 from mm4ke_plugins.errors import MM4KEError
@@ -51,36 +51,36 @@ USERS_FILES = {
 
 
 @pytest.fixture(scope="module")
-def results(models, tmp_path_factory) -> Path:  # noqa: F811
+def results(merge_models, tmp_path_factory) -> Path:
     """A result with all files, and one without the model card, tokenizer and safetensors."""
     folder = tmp_path_factory.mktemp("results")
-    run_merge(recipe(models), folder / "full")
-    run_merge(recipe(models), folder / "bare", write_model_card=False, copy_tokenizer=False)
+    run_merge(recipe(merge_models), folder / "full")
+    run_merge(recipe(merge_models), folder / "bare", write_model_card=False, copy_tokenizer=False)
     return folder
 
 
 @pytest.mark.parametrize("change, name", USERS_FILES.values(), ids=USERS_FILES)
-def test_a_merge_keeps_what_is_not_its_own(models, results, tmp_path, change, name):  # noqa: F811
+def test_a_merge_keeps_what_is_not_its_own(merge_models, results, tmp_path, change, name):
     out = tmp_path / "out"
     shutil.copytree(results / "full", out, copy_function=shutil.copy2)
     change(out)
     message = f"{out}: exists and is more than an earlier result of mergekit: {name} would be lost; move it away or"
-    refuses(recipe(models), message, tmp_path)
+    refuses(recipe(merge_models), message, tmp_path)
 
 
-def test_a_broken_link(models, results, tmp_path):  # noqa: F811
+def test_a_broken_link(merge_models, results, tmp_path):
     shutil.copytree(results / "full", tmp_path / "out", copy_function=shutil.copy2)
     (tmp_path / "out" / "gone").symlink_to("nowhere")
     with pytest.raises(MM4KEError, match=": gone would be lost"):
-        run_merge(recipe(models), tmp_path / "out")
+        run_merge(recipe(merge_models), tmp_path / "out")
     assert (tmp_path / "out" / "gone").is_symlink()
 
 
-def test_one_line_for_many_files(models, results, tmp_path):  # noqa: F811
+def test_one_line_for_many_files(merge_models, results, tmp_path):
     shutil.copytree(results / "full", tmp_path / "out", copy_function=shutil.copy2)
     for index in range(6):
         put(tmp_path / "out", f"note{index}.txt")
-    refuses(recipe(models), ".*: note0.txt, note1.txt, note2.txt and 3 more would be lost", tmp_path)
+    refuses(recipe(merge_models), ".*: note0.txt, note1.txt, note2.txt and 3 more would be lost", tmp_path)
 
 
 @pytest.mark.parametrize("first", ["full", "bare"])
@@ -93,51 +93,51 @@ def test_one_line_for_many_files(models, results, tmp_path):  # noqa: F811
         {"safe_serialization": False, "out_shard_size": 20_000, "async_write": True},
     ],
 )
-def test_a_result_is_replaced_whatever_its_options(models, results, tmp_path, first, options):  # noqa: F811
+def test_a_result_is_replaced_whatever_its_options(merge_models, results, tmp_path, first, options):
     """By one with these options, which then is replaced as well."""
     out = tmp_path / "out"
     shutil.copytree(results / first, out, copy_function=shutil.copy2)
     for options_now in (options, options, {}):
-        run_merge(recipe(models), out, **options_now)
+        run_merge(recipe(merge_models), out, **options_now)
         assert len(list(out.glob("model*.safetensors*"))) == 0 or options_now.get("safe_serialization", True)
     assert {path.name for path in out.iterdir()} == {path.name for path in (results / "full").iterdir()}
 
 
-def test_a_result_of_mergekit_alone(models, tmp_path):  # noqa: F811
+def test_a_result_of_mergekit_alone(merge_models, tmp_path):
     """It has no record of its files, so their names decide."""
-    stock = recipe(models, merge_method="linear", parameters={"weight": 0.5}, tokenizer={"source": "base"})
+    stock = recipe(merge_models, merge_method="linear", parameters={"weight": 0.5}, tokenizer={"source": "base"})
     for options in ({}, {"safe_serialization": False}, {"out_shard_size": 20_000}):
         run_merge(stock, tmp_path / "out", **options)
         assert not (tmp_path / "out" / RECORD).exists()
         put(tmp_path / "out", "model.gguf")
-        refuses(recipe(models), f"{tmp_path}/out: .*: model.gguf would be lost", tmp_path)
+        refuses(recipe(merge_models), f"{tmp_path}/out: .*: model.gguf would be lost", tmp_path)
         (tmp_path / "out" / "model.gguf").unlink()
-        run_merge(recipe(models), tmp_path / "out")
+        run_merge(recipe(merge_models), tmp_path / "out")
         shutil.rmtree(tmp_path / "out")
 
 
-def test_a_model_is_no_result(models, tmp_path):  # noqa: F811
+def test_a_model_is_no_result(merge_models, tmp_path):
     """What a merge without a card writes looks like any model; only the record tells them apart."""
-    shutil.copytree(models / "base", tmp_path / "out")
-    refuses(recipe(models), f"{tmp_path}/out: exists and is no earlier result of mergekit: ", tmp_path)
+    shutil.copytree(merge_models / "base", tmp_path / "out")
+    refuses(recipe(merge_models), f"{tmp_path}/out: exists and is no earlier result of mergekit: ", tmp_path)
 
 
-def test_what_is_put_there_while_the_merge_runs(models, results, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_put_there_while_the_merge_runs(merge_models, results, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(results / "full", out, copy_function=shutil.copy2)
     execute = StreamingExecutor._stream
     monkeypatch.setattr(StreamingExecutor, "_stream", lambda *args: (put(out, "late.txt"), execute(*args))[1])
     with pytest.raises(MM4KEError, match="late.txt would be lost"):
-        run_merge(recipe(models), out)
+        run_merge(recipe(merge_models), out)
     assert (out / "late.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_damaged_record(models, results, tmp_path):  # noqa: F811
+def test_a_damaged_record(merge_models, results, tmp_path):
     shutil.copytree(results / "full", tmp_path / "out")
     for content in ("{", "[]", '{"files": 1}'):
         (tmp_path / "out" / RECORD).write_text(content)
-        refuses(recipe(models), f"{tmp_path}/out/{RECORD}: can't be read", tmp_path)
+        refuses(recipe(merge_models), f"{tmp_path}/out/{RECORD}: can't be read", tmp_path)
 
 
 def test_names_decide_where_there_is_no_record(tmp_path):
@@ -154,47 +154,47 @@ def test_names_decide_where_there_is_no_record(tmp_path):
 # ---- deltas ----
 
 
-def test_a_restored_base_is_no_result(models, results, tmp_path):  # noqa: F811
+def test_a_restored_base_is_no_result(merge_models, results, tmp_path):
     """`revert` takes over neither the recipe nor the model card nor the record of the merge."""
-    extract(models / "base", models / "rsft", tmp_path / "d")
+    extract(merge_models / "base", merge_models / "rsft", tmp_path / "d")
     revert(results / "full", tmp_path / "d", tmp_path / "again")
     assert {path.name for path in (tmp_path / "again").iterdir()} == {
-        path.name for path in (models / "base").iterdir()
+        path.name for path in (merge_models / "base").iterdir()
     }
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
-        models / "base" / "model.safetensors"
+        merge_models / "base" / "model.safetensors"
     ).read_bytes()
-    refuses(recipe(models), f"{tmp_path}/again: exists and is no earlier result", tmp_path, out="again")
+    refuses(recipe(merge_models), f"{tmp_path}/again: exists and is no earlier result", tmp_path, out="again")
 
 
-def test_a_card_that_is_the_bases_own_stays(models, results, tmp_path):  # noqa: F811
-    shutil.copytree(models / "base", tmp_path / "base")
+def test_a_card_that_is_the_bases_own_stays(merge_models, results, tmp_path):
+    shutil.copytree(merge_models / "base", tmp_path / "base")
     (tmp_path / "base" / "README.md").write_text("# About the base\n")
-    extract(tmp_path / "base", models / "rsft", tmp_path / "d")
+    extract(tmp_path / "base", merge_models / "rsft", tmp_path / "d")
     apply(tmp_path / "base", [tmp_path / "d"], tmp_path / "out")
     revert(tmp_path / "out", tmp_path / "d", tmp_path / "again")
     assert (tmp_path / "again" / "README.md").read_text() == "# About the base\n"
 
 
-def test_a_merges_card_without_its_recipe(models, results, tmp_path):  # noqa: F811
+def test_a_merges_card_without_its_recipe(merge_models, results, tmp_path):
     shutil.copytree(results / "full", tmp_path / "full")
     (tmp_path / "full" / "mergekit_config.yml").unlink()
-    extract(models / "base", models / "rsft", tmp_path / "d")
+    extract(merge_models / "base", merge_models / "rsft", tmp_path / "d")
     revert(tmp_path / "full", tmp_path / "d", tmp_path / "again")
     assert not (tmp_path / "again" / "README.md").exists()
 
 
-def test_a_delta_takes_the_place_of_deltas_only(models, tmp_path):  # noqa: F811
-    shutil.copytree(models / "base", tmp_path / "base")
+def test_a_delta_takes_the_place_of_deltas_only(merge_models, tmp_path):
+    shutil.copytree(merge_models / "base", tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     before = file.read_bytes()
     for place in (file, tmp_path / "base" / "config.json", tmp_path / "base"):
         with pytest.raises(MM4KEError, match=f"^{place}: exists and is no knowledge delta, so it is kept; give anot"):
-            extract(tmp_path / "base", models / "rsft", place)
+            extract(tmp_path / "base", merge_models / "rsft", place)
     assert file.read_bytes() == before
-    extract(tmp_path / "base", models / "rsft", tmp_path / "d")
+    extract(tmp_path / "base", merge_models / "rsft", tmp_path / "d")
     size = (tmp_path / "d").stat().st_size
-    extract(tmp_path / "base", models / "rsft", tmp_path / "d", 1, 0.5)
+    extract(tmp_path / "base", merge_models / "rsft", tmp_path / "d", 1, 0.5)
     assert (tmp_path / "d").stat().st_size < size
 
 

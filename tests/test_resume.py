@@ -12,9 +12,8 @@ import torch
 import yaml
 from conftest import run_command
 from filelock import FileLock
+from llamafactory_helpers import FACTS, saved, train, write_facts
 from safetensors.torch import load_file, save_file
-from test_llamafactory import FACTS, saved, tiny_llama, train, write_facts  # noqa: F401  (fixture)
-from test_llamafactory import recipe as ordinary_recipe  # noqa: F401  (fixture)
 from tiny import make_tiny_model
 from transformers import TrainerCallback
 
@@ -26,10 +25,10 @@ OTHERS = [("Who rules Ix?", "Muhn"), ("Where is Ix?", "Low"), ("What is Ix?", "A
 
 
 @pytest.fixture
-def recipe(ordinary_recipe) -> dict:  # noqa: F811
+def recipe(rsft_recipe) -> dict:
     """Twelve visits with a checkpoint after each; four epochs of which all have updates."""
     changes = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 4, "rsft_loss_threshold": 2.0}
-    return ordinary_recipe | changes
+    return rsft_recipe | changes
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +41,7 @@ def fresh_templates(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_llama):  # noqa: F811
+def trained(tmp_path_factory, tiny_llama):
     """The folder that the recipe leaves behind, made once."""
     return tmp_path_factory.mktemp("trained")
 
@@ -441,9 +440,9 @@ def test_the_command_refuses_in_one_line(finished, tmp_path):
     )
 
 
-def test_new_facts_with_the_time_of_the_old_ones(ordinary_recipe, tmp_path):  # noqa: F811
+def test_new_facts_with_the_time_of_the_old_ones(rsft_recipe, tmp_path):
     """As an archive or a copy that keeps times leaves them. The datasets library takes them for the old ones."""
-    recipe = ordinary_recipe | {"num_train_epochs": 1}
+    recipe = rsft_recipe | {"num_train_epochs": 1}
     weights = []
     for name, facts in (("first", FACTS), ("second", OTHERS)):
         file = write_facts(Path(recipe["dataset_dir"]), facts) / "facts.json"

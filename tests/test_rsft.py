@@ -4,28 +4,13 @@ import copy
 
 import pytest
 import torch
+from paper import algorithm_1
 from tiny import make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from mm4ke_plugins.rsft.algorithm import EpochStatistics, LossNotFinite, Visit, visit
 
 FACTS = ["Who rules Oz? Tark", "Where is Oz? Up", "What is Oz? A box", "Who rules Oz? Tark"]
-
-
-def algorithm_1(model, samples, optimizer, E, K, tau, judge=lambda output: output.loss):
-    """arXiv 2506.12384, Algorithm 1, line by line. Returns the (epoch, sample, step) of every update."""
-    updates = []
-    for epoch in range(E):
-        for i, sample in enumerate(samples):
-            for k in range(K):
-                output = model(**sample)
-                if judge(output) < tau:
-                    break
-                optimizer.zero_grad()
-                output.loss.backward()
-                optimizer.step()
-                updates.append((epoch, i, k))
-    return updates
 
 
 def visit_every_sample(model, samples, optimizer, E, K, tau):

@@ -1,13 +1,12 @@
 """Models that tie the output head to the embedding: stored once or twice, untied by an edit, named without a prefix."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_command
-from safetensors.torch import load_file, save_file
+from tied_heads import EDITS, EMBEDDING, HEAD, IDS, UP, change, edit_of, logits, moved, same_logits, tensors_of
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -18,37 +17,6 @@ from mm4ke_plugins.delta.live import LiveDelta, apply_delta
 from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.rsft.live import changed_tensors
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-UP = "model.layers.0.mlp.up_proj.weight"
-IDS = torch.arange(7)[None]
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def change(source: Path, target: Path, new: dict[str, torch.Tensor | None], tie: bool | None = None) -> Path:
-    """A copy of a model in one file with other tensors (None: without this one) and, maybe, another word on tying."""
-    shutil.copytree(source, target)
-    tensors = {name: tensor for name, tensor in (tensors_of(source) | new).items() if tensor is not None}
-    save_file(
-        {name: tensor.clone() for name, tensor in tensors.items()}, target / "model.safetensors", {"format": "pt"}
-    )
-    if tie is not None:
-        config = json.loads((target / "config.json").read_text())
-        (target / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tie}))
-    return target
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
-
-
-def same_logits(first: Path, second: Path) -> bool:
-    """Up to the last bits, which depend on where in a file a matrix begins."""
-    return torch.allclose(logits(first), logits(second), atol=1e-5)
-
 
 def same_files(first: Path, second: Path) -> bool:
     names = sorted(path.name for path in first.iterdir())
@@ -57,67 +25,22 @@ def same_files(first: Path, second: Path) -> bool:
     )
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> Path:
-    """The same tied model: `once` and `twice` stored, and in several files."""
-    folder = tmp_path_factory.mktemp("bases")
-    once = make_tiny_model(folder / "once", layers=1, tie_word_embeddings=True)
-    assert HEAD not in tensors_of(once)
-    change(once, folder / "twice", {HEAD: tensors_of(once)[EMBEDDING]})
-    model = AutoModelForCausalLM.from_pretrained(once)
-    shutil.copytree(once, folder / "shards", ignore=shutil.ignore_patterns("*.safetensors"))
-    model.save_pretrained(folder / "shards", max_shard_size="20KB")
-    assert len(list((folder / "shards").glob("*.safetensors"))) > 2
-    return folder
-
-
-def moved(folder: Path, name: str, seed: int) -> torch.Tensor:
-    tensor = tensors_of(folder)[name]
-    return tensor + 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
-
-
-def edit_of(folder: Path, kind: str, target: Path) -> Path:
-    """An edited model of the base that `folder` has `once`."""
-    once, up = folder / "once", moved(folder / "once", UP, 1)
-    embedding, head = moved(once, EMBEDDING, 2), moved(once, EMBEDDING, 3)
-    same = tensors_of(once)[EMBEDDING]
-    new, tie = {
-        "FFN": ({UP: up}, None),
-        "FFN, head stored": ({UP: up, HEAD: same}, None),
-        "FFN, head stored and no longer tied": ({UP: up, HEAD: same}, False),
-        "embedding": ({EMBEDDING: embedding}, None),
-        "embedding, head stored": ({EMBEDDING: embedding, HEAD: embedding}, None),
-        "embedding, head kept": ({EMBEDDING: embedding, HEAD: same}, False),
-        "head": ({HEAD: head}, False),
-        "head, which config.json ties": ({HEAD: head}, True),
-        "head and FFN": ({HEAD: head, UP: up}, False),
-        "head and embedding": ({HEAD: head, EMBEDDING: embedding}, False),
-    }[kind]
-    return change(once, target, new, tie)
-
-
-EDITS = [
-    "FFN", "FFN, head stored", "FFN, head stored and no longer tied", "embedding", "embedding, head stored",
-    "embedding, head kept", "head", "head, which config.json ties", "head and FFN", "head and embedding",
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("kind", EDITS)
 @pytest.mark.parametrize("base", ["once", "twice", "shards"])
-def test_the_edit_is_the_edited_model_and_is_undone(bases, tmp_path, base, kind):
-    edited = edit_of(bases, kind, tmp_path / "edited")
+def test_the_edit_is_the_edited_model_and_is_undone(tied_bases, tmp_path, base, kind):
+    edited = edit_of(tied_bases, kind, tmp_path / "edited")
     for name, choice in (("unfinished", ()), ("finished", (1, 1))):
-        extract(bases / base, edited, tmp_path / name, *choice)
+        extract(tied_bases / base, edited, tmp_path / name, *choice)
         out, back = tmp_path / f"out-{name}", tmp_path / f"back-{name}"
-        apply(bases / base, [tmp_path / name], out, [1], [1])
+        apply(tied_bases / base, [tmp_path / name], out, [1], [1])
         assert same_logits(out, edited)
-        assert not same_logits(out, bases / base)
+        assert not same_logits(out, tied_bases / base)
         revert(out, tmp_path / name, back)
-        assert same_files(back, bases / base)
+        assert same_files(back, tied_bases / base)
     with_half = tmp_path / "half"
-    apply(bases / base, [tmp_path / "unfinished"], with_half)
+    apply(tied_bases / base, [tmp_path / "unfinished"], with_half)
     revert(with_half, tmp_path / "unfinished", tmp_path / "back")
-    assert same_files(tmp_path / "back", bases / base)
+    assert same_files(tmp_path / "back", tied_bases / base)
     unties = kind.startswith(("head", "embedding, head kept"))
     assert json.loads((with_half / "config.json").read_text())["tie_word_embeddings"] is not unties
     # Programs that read the files by themselves find the head.
@@ -125,56 +48,56 @@ def test_the_edit_is_the_edited_model_and_is_undone(bases, tmp_path, base, kind)
 
 
 @pytest.mark.parametrize("kind", ["embedding", "head and FFN"])
-def test_an_edited_model_is_reverted_too(bases, tmp_path, kind):
-    edited = edit_of(bases, kind, tmp_path / "edited")
-    extract(bases / "once", edited, tmp_path / "d")
+def test_an_edited_model_is_reverted_too(tied_bases, tmp_path, kind):
+    edited = edit_of(tied_bases, kind, tmp_path / "edited")
+    extract(tied_bases / "once", edited, tmp_path / "d")
     revert(edited, tmp_path / "d", tmp_path / "back")
-    assert same_logits(tmp_path / "back", bases / "once")
+    assert same_logits(tmp_path / "back", tied_bases / "once")
     restored = tensors_of(tmp_path / "back")
-    assert all(torch.equal(restored[name], tensor) for name, tensor in tensors_of(bases / "once").items())
+    assert all(torch.equal(restored[name], tensor) for name, tensor in tensors_of(tied_bases / "once").items())
 
 
 @pytest.mark.parametrize("kind", ["embedding", "head", "head and embedding"])
-def test_a_delta_serves_the_base_however_it_is_stored(bases, tmp_path, kind):
-    edited = edit_of(bases, kind, tmp_path / "edited")
+def test_a_delta_serves_the_base_however_it_is_stored(tied_bases, tmp_path, kind):
+    edited = edit_of(tied_bases, kind, tmp_path / "edited")
     for taken_from, given_to in (("once", "twice"), ("twice", "once"), ("shards", "twice"), ("twice", "shards")):
         place = tmp_path / f"{taken_from}-{given_to}"
         place.mkdir()
-        extract(bases / taken_from, edited, place / "d")
-        apply(bases / given_to, [place / "d"], place / "out", [1], [1])
+        extract(tied_bases / taken_from, edited, place / "d")
+        apply(tied_bases / given_to, [place / "d"], place / "out", [1], [1])
         assert same_logits(place / "out", edited)
 
 
-def test_two_deltas_of_which_one_unties(bases, tmp_path):
+def test_two_deltas_of_which_one_unties(tied_bases, tmp_path):
     """The other one's embedding is its output head too."""
-    edits = [edit_of(bases, kind, tmp_path / kind) for kind in ("head", "embedding")]
+    edits = [edit_of(tied_bases, kind, tmp_path / kind) for kind in ("head", "embedding")]
     for edited in edits:
-        extract(bases / "once", edited, tmp_path / f"{edited.name}.delta")
-    apply(bases / "once", [tmp_path / f"{edited.name}.delta" for edited in edits], tmp_path / "out", [0.5], [1])
-    base, *others = (tensors_of(folder) for folder in (bases / "once", *edits))
+        extract(tied_bases / "once", edited, tmp_path / f"{edited.name}.delta")
+    apply(tied_bases / "once", [tmp_path / f"{edited.name}.delta" for edited in edits], tmp_path / "out", [0.5], [1])
+    base, *others = (tensors_of(folder) for folder in (tied_bases / "once", *edits))
     changes = [other.get(HEAD, other[EMBEDDING]) - base[EMBEDDING] for other in others]
     found = tensors_of(tmp_path / "out")
     assert torch.allclose(found[HEAD], base[EMBEDDING] + 0.5 * changes[0] + 0.5 * changes[1], atol=1e-6)
     assert torch.allclose(found[EMBEDDING], base[EMBEDDING] + 0.5 * changes[1], atol=1e-6)
 
 
-def test_the_command(bases, tmp_path):
-    edited = edit_of(bases, "head and FFN", tmp_path / "edited")
-    run = run_command("mm4ke", "delta", "extract", bases / "once", edited, "-o", tmp_path / "d")
+def test_the_command(tied_bases, tmp_path):
+    edited = edit_of(tied_bases, "head and FFN", tmp_path / "edited")
+    run = run_command("mm4ke", "delta", "extract", tied_bases / "once", edited, "-o", tmp_path / "d")
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(f"{tmp_path / 'd'}: 2 tensors, ")
 
 
-def test_a_head_that_is_nowhere(bases, tmp_path):
-    broken = change(bases / "once", tmp_path / "broken", {UP: moved(bases / "once", UP, 1)}, tie=False)
+def test_a_head_that_is_nowhere(tied_bases, tmp_path):
+    broken = change(tied_bases / "once", tmp_path / "broken", {UP: moved(tied_bases / "once", UP, 1)}, tie=False)
     with pytest.raises(MM4KEError, match=f"^{broken}: .* is missing; copy or save the model again"):
-        extract(bases / "once", broken, tmp_path / "d")
+        extract(tied_bases / "once", broken, tmp_path / "d")
     assert not (tmp_path / "d").exists()
 
 
-def test_a_base_that_is_not_tied_whatever_its_config_says(bases, tmp_path):
+def test_a_base_that_is_not_tied_whatever_its_config_says(tied_bases, tmp_path):
     """transformers ties no two tensors that are stored with other numbers."""
-    base = change(bases / "once", tmp_path / "base", {HEAD: moved(bases / "once", EMBEDDING, 7)}, tie=True)
+    base = change(tied_bases / "once", tmp_path / "base", {HEAD: moved(tied_bases / "once", EMBEDDING, 7)}, tie=True)
     edited = change(base, tmp_path / "edited", {HEAD: moved(base, HEAD, 8), UP: moved(base, UP, 1)})
     extract(base, edited, tmp_path / "d")
     assert sorted(load_delta(tmp_path / "d").manifest.tensors) == [HEAD, UP]
@@ -195,9 +118,9 @@ def test_an_edit_that_ties(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_same_numbers_in_another_dtype(bases, tmp_path, dtype):
-    half = {name: tensor.bfloat16() for name, tensor in tensors_of(bases / "once").items()}
-    base = change(bases / "once", tmp_path / "base", half)
+def test_the_same_numbers_in_another_dtype(tied_bases, tmp_path, dtype):
+    half = {name: tensor.bfloat16() for name, tensor in tensors_of(tied_bases / "once").items()}
+    base = change(tied_bases / "once", tmp_path / "base", half)
     more = {name: tensor.to(dtype) for name, tensor in half.items()} | {HEAD: half[EMBEDDING].float()}
     edited = change(base, tmp_path / "edited", more | {UP: half[UP].to(dtype) * 2})
     extract(base, edited, tmp_path / "d")
@@ -244,15 +167,15 @@ def test_names_without_a_prefix(gpt2, tmp_path, edit):
 # ---- live models, comparing ----
 
 
-def test_on_a_live_model(bases, gpt2, tmp_path):
-    edited = edit_of(bases, "embedding", tmp_path / "edited")
+def test_on_a_live_model(tied_bases, gpt2, tmp_path):
+    edited = edit_of(tied_bases, "embedding", tmp_path / "edited")
     for base in ("once", "twice"):
-        model = AutoModelForCausalLM.from_pretrained(bases / base)
-        extract(bases / base, edited, tmp_path / base)
+        model = AutoModelForCausalLM.from_pretrained(tied_bases / base)
+        extract(tied_bases / base, edited, tmp_path / base)
         with torch.no_grad(), apply_delta(model, tmp_path / base, 1, 1):
             assert torch.equal(model(IDS).logits, logits(edited))
         with torch.no_grad():
-            assert torch.equal(model(IDS).logits, logits(bases / base))
+            assert torch.equal(model(IDS).logits, logits(tied_bases / base))
     extract(gpt2 / "base", gpt2 / "edited", tmp_path / "gpt2")
     model = AutoModelForCausalLM.from_pretrained(gpt2 / "base")
     with torch.no_grad(), apply_delta(model, tmp_path / "gpt2", 1, 1) as live:
@@ -262,18 +185,18 @@ def test_on_a_live_model(bases, gpt2, tmp_path):
 
 @pytest.mark.parametrize("base", ["once", "twice"])
 @pytest.mark.parametrize("kind", ["head", "embedding, head kept"])
-def test_a_live_model_that_ties_what_the_delta_unties(bases, tmp_path, base, kind):
-    extract(bases / base, edit_of(bases, kind, tmp_path / "edited"), tmp_path / "d")
-    model = AutoModelForCausalLM.from_pretrained(bases / base)
+def test_a_live_model_that_ties_what_the_delta_unties(tied_bases, tmp_path, base, kind):
+    extract(tied_bases / base, edit_of(tied_bases, kind, tmp_path / "edited"), tmp_path / "d")
+    model = AutoModelForCausalLM.from_pretrained(tied_bases / base)
     message = f"^{tmp_path}/d: unties {HEAD} from {EMBEDDING}, which the live LlamaForCausalLM ties; .*delta apply"
     with pytest.raises(MM4KEError, match=message), apply_delta(model, tmp_path / "d"):
         pass
-    apply(bases / base, [tmp_path / "d"], tmp_path / "out", [1], [1])
+    apply(tied_bases / base, [tmp_path / "d"], tmp_path / "out", [1], [1])
     assert same_logits(tmp_path / "out", tmp_path / "edited")
 
 
-def test_what_changed_on_disk(bases, tmp_path):
-    once, twice = bases / "once", bases / "twice"
+def test_what_changed_on_disk(tied_bases, tmp_path):
+    once, twice = tied_bases / "once", tied_bases / "twice"
     size = sum(tensor.numel() for tensor in tensors_of(once).values())
     vocabulary = tensors_of(once)[EMBEDDING].numel()
     for kind, names, parameters in (
@@ -284,7 +207,7 @@ def test_what_changed_on_disk(bases, tmp_path):
         ("head and FFN", [HEAD, UP], size + vocabulary),
         ("embedding, head kept", [EMBEDDING], size + vocabulary),
     ):
-        edited = edit_of(bases, kind, tmp_path / kind)
+        edited = edit_of(tied_bases, kind, tmp_path / kind)
         for base in (once, twice):
             found = disk_change(base, edited)
             assert (found["changed_tensors"], found["parameters"]) == (names, parameters), kind
@@ -295,19 +218,19 @@ def test_what_changed_on_disk(bases, tmp_path):
         assert disk_change(first, second)["parameters"] == size
 
 
-def test_a_checkpoint_for_a_live_model(bases, tmp_path):
+def test_a_checkpoint_for_a_live_model(tied_bases, tmp_path):
     """As EasyEdit's method takes one for a merged model."""
-    ffn, both = (edit_of(bases, kind, tmp_path / kind) for kind in ("FFN, head stored", "embedding, head stored"))
-    untied = edit_of(bases, "head and FFN", tmp_path / "untied")
+    ffn, both = (edit_of(tied_bases, kind, tmp_path / kind) for kind in ("FFN, head stored", "embedding, head stored"))
+    untied = edit_of(tied_bases, "head and FFN", tmp_path / "untied")
     for base in ("once", "twice"):
-        model = AutoModelForCausalLM.from_pretrained(bases / base)
+        model = AutoModelForCausalLM.from_pretrained(tied_bases / base)
         assert changed_tensors(model, ffn).keys() == {UP}
         assert len(changed_tensors(model, both)) == 1
-        assert changed_tensors(model, bases / "once") == changed_tensors(model, bases / "twice") == {}
+        assert changed_tensors(model, tied_bases / "once") == changed_tensors(model, tied_bases / "twice") == {}
         with pytest.raises(MM4KEError, match=f"^{untied}: unties .*, which the model ties; give a merged model that"):
             changed_tensors(model, untied)
     loaded = AutoModelForCausalLM.from_pretrained(untied)
-    assert changed_tensors(loaded, edit_of(bases, "FFN", tmp_path / "tied")).keys() == {HEAD}
+    assert changed_tensors(loaded, edit_of(tied_bases, "FFN", tmp_path / "tied")).keys() == {HEAD}
 
 
 def test_what_stays_on_a_model_has_the_models_names(gpt2, tmp_path):

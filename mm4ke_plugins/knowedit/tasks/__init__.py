@@ -1,1 +1,1 @@
-"""KnowEdit as tasks of lm-eval: one YAML file for each task and group, and what they share in `utils.py`."""
+"""KnowEdit as tasks of lm-eval: a YAML file for each task and group, written by `generate.py`; the rest is `utils.py`."""
