@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import MM4KEError
 from .knowedit.dataset import read_facts
+from .knowedit.known_facts import KnownFacts, known_facts
 from .knowedit.metrics import (
     METRICS,
     answer,
@@ -58,9 +59,11 @@ def compare(
     Returns, ready for JSON (see `write_report`):
         facts, records  the file, and how many of its records were asked (see `read_facts`)
         precision       such as "float32 on cpu"
+        known           how many everyday questions were asked, and how many the base answered right
         free_format     the prompt format of the free answers: "chat", or "raw" without a chat template
         models          for each of base, rsft and merged: folder (as given), scores[prompt format][metric] (0 to 1, None
-                        where no record has such probes), axes[prompt format][metric][axis], perplexity, disk (see
+                        where no record has such probes), axes[prompt format][metric][axis], perplexity, known (see
+                        `knowedit.known_facts.Kept`; None of the base, and where it knew nothing), disk (see
                         `disk_change`)
         answers         for the first facts: prompt, target_new and each model's free answer
         questions       each question, with scores[prompt format][model]
@@ -82,6 +85,7 @@ def compare(
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     models: dict[str, dict[str, Any]] = {}
     predicted: dict[str, dict[str, list[list[int]]]] = {}
+    known: KnownFacts | None = None
     columns = (
         TextColumn("{task.description:<26}"),
         BarColumn(),
@@ -90,7 +94,7 @@ def compare(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(folders) * (len(forms) * len(questions) + 4))
+        task = progress.add_task("", total=len(folders) * (len(forms) * len(questions) + 4 + len(known_facts())))
 
         def begin(key: str, stage: str) -> Callable[[int], None]:
             progress.update(task, description=f"{TITLES[key]}: {stage}")
@@ -114,6 +118,10 @@ def compare(
             done = begin(key, "free answers")
             models[key]["answers"] = answer(model, tokenizer, prompts)
             done()
+            done = begin(key, "known facts")
+            known = known or KnownFacts(model, tokenizer, done)
+            found = None if key == "base" else known.measure(model, done)
+            models[key]["known"] = found and asdict(found)
 
     scores = {
         form: {
@@ -131,6 +139,7 @@ def compare(
         "records": len(records),
         "precision": f"{str(dtype).removeprefix('torch.')} on {device}",
         "free_format": forms[-1],
+        "known": {"asked": known.asked, "right": len(known.facts)},
         "models": models,
         "answers": [
             {"prompt": record.prompt, "target_new": record.target_new, **{key: answers[key][row] for key in folders}}
@@ -274,6 +283,16 @@ def _score_sections(result: dict[str, Any]) -> list[list[list[str]]]:
         for form in result["models"]["base"]["scores"]
     ]
     sections.append([cells("perplexity of a neutral text", lambda model: f"{model['perplexity']:.2f}")])
+    if result["models"]["merged"]["known"]:
+        known = result["known"]
+        sections.append(
+            [
+                _known_row(result, "known facts kept", f"{known['right']} of {known['asked']}", "kept"),
+                _known_row(result, "KL from base along its answers (nats)", "0.000", "kl"),
+                _known_row(result, "length of the answers / base's", "1.000", "length"),
+                _known_row(result, "unchanged answers", "1.000", "unchanged"),
+            ]
+        )
     sections.append(
         [
             cells("changed tensors", lambda model: str(len(model["disk"]["changed_tensors"]))),
@@ -284,8 +303,12 @@ def _score_sections(result: dict[str, Any]) -> list[list[list[str]]]:
     return sections
 
 
+def _known_row(result: dict[str, Any], label: str, of_base: str, measure: str) -> list[str]:
+    return [label, of_base, *(f"{result['models'][key]['known'][measure]:.3f}" for key in ("rsft", "merged"))]
+
+
 def _changes(result: dict[str, Any]) -> list[str]:
-    """A sentence for each edited model on which of its tensors are not the base's."""
+    """A sentence for each edited model on which of its tensors are not the base's, and one on what it forgot."""
     lines = []
     for key in ("rsft", "merged"):
         disk = result["models"][key]["disk"]
@@ -293,4 +316,12 @@ def _changes(result: dict[str, Any]) -> list[str]:
         listed = ", ".join(names[:NAMES_SHOWN]) or "none"
         more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
         lines.append(f"{TITLES[key]}: {len(names)} of {disk['tensors']} tensors changed: {listed}{more}")
+        known = result["models"][key]["known"]
+        if known and known["lost"]:
+            question = known["lost"][0]
+            before, after = known["answers"][question]
+            lines.append(
+                f"{TITLES[key]}: {len(known['lost'])} of {known['asked']} known facts lost, such as {question!r}: "
+                f"{before[:80]!r} became {after[:80]!r}"
+            )
     return lines

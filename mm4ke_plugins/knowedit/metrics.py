@@ -225,30 +225,58 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     return (loss_sum / count).exp().item()
 
 
-@torch.inference_mode()
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int = 32
 ) -> list[str]:
-    """What the model says to each prompt: most likely token each time, until it ends its turn.
+    """What the model says to each prompt, see `generate`. One that was not finished in so many tokens ends in "…"."""
+    stops = _stops(model, tokenizer)
+    answers = []
+    for tokens in generate(model, tokenizer, prompts, max_new_tokens):
+        text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        answers.append(text if stops & set(tokens) else f"{text}…")
+    return answers
 
-    In the chat template, or, where the tokenizer has none, to the raw prompt.
-    An answer that was not finished after `max_new_tokens` ends in "…".
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 32,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[list[int]]:
+    """The tokens of the model's answer to each prompt: the most likely one each time, until it ends its turn.
+
+    In the chat template, or, where the tokenizer has none, to the raw prompt. The token that ends the turn is the last.
     """
-    in_chat = "chat" in prompt_formats(tokenizer)
-    asked = [chat_prompt(tokenizer, prompt) if in_chat else tokenizer(prompt).input_ids for prompt in prompts]
-    input_ids, attention_mask = _padded(asked, model.device, side="left")
-    stops = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    stops = _stops(model, tokenizer)
     # A fresh configuration: the model's own may ask for sampling.
     greedy = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=min(stops, default=0)
     )
-    output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=greedy)
-    answers = []
-    for tokens in output[:, input_ids.shape[1] :].tolist():
-        text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        answers.append(text if stops & set(tokens) else f"{text}…")
+    answers: list[list[int]] = []
+    for start in range(0, len(asked), batch_size):
+        input_ids, attention_mask = _padded(asked[start : start + batch_size], model.device, side="left")
+        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=greedy)
+        for tokens in output[:, input_ids.shape[1] :].tolist():
+            end = next((index for index, token in enumerate(tokens) if token in stops), len(tokens))
+            answers.append(tokens[: end + 1])
+        advance(len(input_ids))
     return answers
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """A question that is asked freely: in the chat template, or raw where the tokenizer has none."""
+    in_chat = "chat" in prompt_formats(tokenizer)
+    return chat_prompt(tokenizer, prompt) if in_chat else tokenizer(prompt).input_ids
+
+
+def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    stops = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
 
 
 def _padded(rows: list[list[int]], device: torch.device, side: str) -> tuple[torch.Tensor, torch.Tensor]:
