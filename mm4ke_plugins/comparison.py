@@ -119,8 +119,13 @@ def compare(
             models[key]["answers"] = answer(model, tokenizer, prompts)
             done()
             done = begin(key, "known facts")
-            known = known or KnownFacts(model, tokenizer, done)
-            found = None if key == "base" else known.measure(model, done)
+            if known is None:
+                known, found = KnownFacts(model, tokenizer, done), None
+                # The others are asked what the base knew.
+                unknown = (len(folders) - 1) * (known.asked - len(known.facts))
+                progress.update(task, total=progress.tasks[task].total - unknown)
+            else:
+                found = known.measure(model, done)
             models[key]["known"] = found and asdict(found)
 
     scores = {

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 import yaml
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import Progress
 
 from ..errors import MM4KEError, first_line
 from ..merging.choice import choose
@@ -131,8 +132,9 @@ def _pairs(base: Path, edited: Path) -> tuple[dict[str, tuple[str, str]], Untied
 
     configs = [_text(folder / "config.json") for folder in (base, edited)]
     if before.keys() == after.keys() and ties_in(configs[0]) == ties_in(configs[1]):
-        bar = tqdm(after, desc="comparing", unit=" tensors", leave=False)
-        changed = {name: (name, name) for name in bar if differs(name, name)}
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            compared = bar.track(after, description="comparing")
+            changed = {name: (name, name) for name in compared if differs(name, name)}
         # In the layers nothing is tied, and all else is the same.
         if all(LAYER.search(name) for name in changed):
             return changed, None
@@ -401,8 +403,9 @@ def _write_model(
     with (
         refused_in_one_line(output),
         new_folder(output) as folder,
-        tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar,
+        Progress(console=Console(stderr=True), transient=True) as bar,
     ):
+        task = bar.add_task("writing", total=size)
         # Files with new tensors first: what is wrong with these shows before the long copies.
         for file, names in sorted(names_in.items(), key=lambda item: replacements.keys().isdisjoint(item[1])):
             target = folder / files.names.get(file.name, file.name)
@@ -416,7 +419,7 @@ def _write_model(
                 os.link(file.resolve(), target)
             else:
                 shutil.copyfile(file, target)
-            bar.update(file.stat().st_size)
+            bar.advance(task, file.stat().st_size)
         if added:
             write_tensors(folder / HEAD_FILE, added, {"format": "pt"})
         for path in others:
