@@ -146,7 +146,7 @@ def test_recipes_are_read_by_easyedit(easyeditor, file):
         ("alg_name: [", "give a YAML file of settings"),
         ("just words", "no settings; give alg_name: MM4KE, model_name and others"),
         ("model_name: x", "alg_name: missing; give it"),
-        ("{alg_name: FT, model_name: x}", "alg_name: 'FT': these are the settings of MM4KE"),
+        ("{alg_name: FT, model_name: x}", "alg_name: FT: these are the settings of MM4KE"),
         ("{alg_name: MM4KE, model_name: x, wieght: 1}", "wieght: unknown key; there are: alg_name, model_name, "),
         (
             "{alg_name: MM4KE, model_name: x, layers: [-1]}",
