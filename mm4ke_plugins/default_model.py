@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -139,11 +140,11 @@ def _download(wheel: Path, scratch: Path, console: Console) -> None:
 
 def _bytes_so_far(scratch: Path) -> int:
     sizes = [0]
-    for path in scratch.rglob("*.whl"):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:  # pip has just moved it
-            pass
+    for folder, _, names in os.walk(scratch):  # which passes over a folder that pip has just removed, as rglob does not
+        for name in names:
+            if name.endswith(".whl"):
+                with suppress(FileNotFoundError):  # pip has just moved it
+                    sizes.append(os.stat(os.path.join(folder, name)).st_size)
     return max(sizes)
 
 

@@ -378,16 +378,24 @@ def test_mergekit_makes_the_very_model_that_was_measured(home, result, tmp_path,
         assert torch.equal(found[name], merge(base[name], [trained], [0.3], [0.35], names=["base", "rsft"]))
 
 
-def test_the_recipe_names_relative_folders_as_mergekit_wants_them(result):
-    recipe = merge_recipe(result | {"base": "work/base", "edited": "../facts.delta"}, Path("work/sweep"))
+@pytest.fixture
+def relative_base(tmp_path, monkeypatch):
+    """A folder that would be a hub's id if it were not there."""
+    monkeypatch.chdir(tmp_path)
+    Path("work/base").mkdir(parents=True)
+    return "work/base"
+
+
+def test_the_recipe_names_relative_folders_as_mergekit_wants_them(result, relative_base):
+    recipe = merge_recipe(result | {"base": relative_base, "edited": "../facts.delta"}, Path("work/sweep"))
     content = yaml.safe_load(recipe)
     assert (content["base_model"], content["models"][0]["model"]) == ("./work/base", "../facts.delta")
     assert "\n#     mergekit-yaml work/sweep/merge.yaml out/\n" in recipe
 
 
-def test_the_command_for_a_delta(home, result):
+def test_the_command_for_a_delta(result, relative_base):
     point = {"weight": 0.7, "density": 0.55, "layers": ()}
-    changed = result | {"edited": "a b.delta", "base": "work/base", "picked": result["picked"] | {"point": point}}
+    changed = result | {"edited": "a b.delta", "base": relative_base, "picked": result["picked"] | {"point": point}}
     command = "mm4ke delta apply work/base 'a b.delta' -o out --weight 0.7 --density 0.55"
     assert apply_command(changed) == command
     assert f"#     {command}\n" in merge_recipe(changed, Path("out"))
