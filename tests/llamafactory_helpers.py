@@ -36,6 +36,11 @@ def saved(recipe: dict) -> tuple[dict[str, torch.Tensor], list[dict]]:
 
 def llamafactory_facts(recipe):
     """The very token ids that LLaMA-Factory trains on."""
+    return llamafactory_data(recipe)[0]
+
+
+def llamafactory_data(recipe) -> tuple[list[Fact], list[list[int]]]:
+    """The very token ids that LLaMA-Factory trains on, and those that the guard keeps."""
     from llamafactory.hparams import get_train_args
     from llamafactory.train.sft import workflow
 
@@ -45,4 +50,8 @@ def llamafactory_facts(recipe):
     arguments = (template, model_args, data_args, training_args)
     rows = workflow.get_dataset(*arguments, stage="sft", **modules)["train_dataset"]
     starts = [sum(label == -100 for label in row["labels"]) for row in rows]
-    return [Fact(row["input_ids"], start, start + sum(row["rsft_own"])) for row, start in zip(rows, starts)]
+    facts = []
+    for row, start in zip(rows, starts):
+        learns = [bool(flag) for flag in row["rsft_learns"]] if "rsft_learns" in row else None
+        facts.append(Fact(row["input_ids"], start, start + sum(row["rsft_own"]), learns))
+    return facts, data_args.rsft_guard_texts

@@ -192,6 +192,7 @@ def train(model, fast: FastForward | None, batches) -> tuple[dict[str, torch.Ten
 
             visited = visitor.visit(
                 samples[index],
+                number=0,
                 plain_losses=losses,
                 backward=torch.Tensor.backward,
                 step=optimizer.step,
@@ -269,7 +270,9 @@ def test_another_error_is_not_swallowed():
     visitor.checked = True
     fast.losses = fail
     with pytest.raises(RuntimeError, match="same dtype"):
-        visitor.visit(samples_of(BATCHES[0], "cpu"), plain_losses=None, backward=None, step=None, zero_grad=None)
+        visitor.visit(
+            samples_of(BATCHES[0], "cpu"), number=0, plain_losses=None, backward=None, step=None, zero_grad=None
+        )
 
 
 def test_a_model_that_hands_on_more_than_hidden_states_is_computed_whole(caplog):

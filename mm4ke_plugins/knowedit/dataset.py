@@ -1,8 +1,8 @@
 """From facts to the data set that LLaMA-Factory trains on.
 
 LLaMA-Factory (0.9.5) finds data sets through `dataset_info.json` in the recipe's `dataset_dir`. Ours is in its
-alpaca format: the prompt exactly as a user types it, the answer, nothing else. The template adds the chat
-format and the end-of-sequence token.
+alpaca format: the prompt exactly as a user types it, the answer, and, for us, the subject that the facts name. The
+template adds the chat format and the end-of-sequence token.
 """
 
 import json
@@ -118,7 +118,11 @@ def dataset_text(records: list[Record]) -> str:
     A JSON list, not JSONL: the datasets library reads "2019-05-01" in a JSONL column of dates as a datetime, and
     LLaMA-Factory drops answers that are not strings.
     """
-    facts = [{"instruction": record.prompt, "output": record.target_new} for record in records]
+    facts = [
+        {"instruction": record.prompt, "output": record.target_new}
+        | ({"subject": record.subject} if record.subject else {})
+        for record in records
+    ]
     return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
 
 

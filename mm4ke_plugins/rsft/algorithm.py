@@ -41,6 +41,7 @@ class Visit:
     first_losses: the judged losses before the first update of this visit (nats per token)
     final_losses: the last judged losses that were computed (nats per token)
     already_converged, converged: the first, the final loss is under the threshold
+    guard_loss:   the sum of the guard's losses that were added to the updates' (see `guard.py`)
     """
 
     updates: int
@@ -48,6 +49,7 @@ class Visit:
     final_losses: list[float]
     already_converged: list[bool]
     converged: list[bool]
+    guard_loss: float = 0.0
 
 
 def visit(
@@ -100,6 +102,7 @@ class EpochStatistics:
     converged: int = 0
     final_loss_sum: float = 0.0
     max_final_loss: float = 0.0
+    guard_loss_sum: float = 0.0
 
     def add(self, visit: Visit) -> None:
         self.visits += len(visit.final_losses)
@@ -108,10 +111,13 @@ class EpochStatistics:
         self.converged += sum(visit.converged)
         self.final_loss_sum += sum(visit.final_losses)
         self.max_final_loss = max(self.max_final_loss, *visit.final_losses)
+        self.guard_loss_sum += visit.guard_loss
 
     def summary(self) -> dict[str, float]:
-        """Of a finished epoch: counts, the fraction of visits that ended under tau, judged losses in nats."""
-        return {
+        """Of a finished epoch: counts, the fraction of visits that ended under tau, judged losses in nats; and, with a
+        guard, its mean loss in an update."""
+        guard = {"mean_guard_loss": self.guard_loss_sum / self.updates} if self.guard_loss_sum else {}
+        return guard | {
             "visits": self.visits,
             "updates": self.updates,
             "already_converged": self.already_converged,

@@ -65,6 +65,12 @@ def ffn_parameter_names(model: torch.nn.Module, layers: list[int], modules: list
     return names
 
 
+def ffns_of(model: torch.nn.Module, layers: list[int]) -> list[torch.nn.Module]:
+    """The FFNs of these layers, whose indices count from 0; raises what `ffn_parameter_names` raises."""
+    prefix, stack = decoder_layers(model)
+    return [_ffn_of(stack[index], f"{prefix}.{index}")[1] for index in layers]
+
+
 def _ffn_of(layer: torch.nn.Module, layer_name: str) -> tuple[str, torch.nn.Module]:
     children = dict(layer.named_children())
     for name in FFN_NAMES:

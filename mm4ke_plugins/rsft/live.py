@@ -25,7 +25,8 @@ from ..storage.tensors import equal
 from .algorithm import EpochStatistics, LossNotFinite
 from .facts import Fact, fact_losses, sample_of
 from .forward import FastForward, active_dropout
-from .layers import ffn_parameter_names
+from .guard import Guard
+from .layers import ffn_parameter_names, ffns_of
 from .prefix import PREFIX_CACHE_MB
 from .settings import Settings
 from .visitor import Visitor
@@ -33,8 +34,14 @@ from .visitor import Visitor
 MAX_GRAD_NORM = 1.0
 
 
-def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fact], settings: Settings) -> None:
-    """R-SFT of the parameters `names` on `facts`, in place. Shows its progress on stderr.
+def train_facts(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    facts: Sequence[Fact],
+    settings: Settings,
+    guard: Guard | None = None,
+) -> None:
+    """R-SFT of the parameters `names` on `facts`, in place, beside a guard if there is one. Shows its progress on stderr.
 
     The trained parameters should be float32; a model of another dtype around them computes in bfloat16 (autocast).
     Training ends after an epoch without an update. All other parameters stay as they are, gradients are cleared,
@@ -54,15 +61,19 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fa
     trained = [parameters[name] for name in names]
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     was_training = model.training
+    size = settings.facts_per_visit
     mixed = any(parameter.dtype != torch.float32 for parameter in parameters.values())
 
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
-    schedule = get_scheduler("cosine", optimizer, 0, settings.num_epochs * len(facts))
     samples = [sample_of(fact, model.device) for fact in facts]
+    batches = [range(len(facts))[start : start + size] for start in range(0, len(facts), size)]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+    schedule = get_scheduler(settings.lr_scheduler_type, optimizer, 0, settings.num_epochs * len(batches))
 
-    def plain_losses(fact: Fact) -> tuple[torch.Tensor, torch.Tensor]:
+    def plain_losses(batch: range, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=mixed):
-            return fact_losses(model, fact)
+            losses = [fact_losses(model, facts[batch[index]]) for index in indices]
+        trained, judged = (torch.cat(parts) for parts in zip(*losses, strict=True))
+        return trained, judged
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
@@ -81,24 +92,30 @@ def train_facts(model: PreTrainedModel, names: Sequence[str], facts: Sequence[Fa
         fast = None
         if not active_dropout(model):
             fast = FastForward(model, min(settings.layers), PREFIX_CACHE_MB * 2**20, autocast=mixed)
-        visitor = Visitor(fast, loss_threshold=settings.loss_threshold, steps_per_sample=settings.steps_per_sample)
-        for _ in range(settings.num_epochs):
+        visitor = Visitor(
+            fast,
+            loss_threshold=settings.loss_threshold,
+            steps_per_sample=settings.steps_per_sample,
+            guard=guard,
+        )
+        for epoch in range(settings.num_epochs):
             statistics = EpochStatistics()
-            for index, fact in enumerate(facts):
+            for place, batch in enumerate(batches):
                 try:
                     visit = visitor.visit(
-                        [samples[index]],
-                        plain_losses=lambda indices, fact=fact: plain_losses(fact),
+                        [samples[index] for index in batch],
+                        number=epoch * len(batches) + place,
+                        plain_losses=lambda indices, batch=batch: plain_losses(batch, indices),
                         backward=torch.Tensor.backward,
                         step=step,
                         zero_grad=optimizer.zero_grad,
                     )
                 except LossNotFinite as error:
-                    raise FloatingPointError(f"fact {index} (0-based): {error}") from None
+                    raise FloatingPointError(f"fact {batch[error.index]} (0-based): {error}") from None
                 schedule.step()
                 statistics.add(visit)
                 converged = f"R-SFT: {statistics.converged} of {statistics.visits} learned"
-                progress.update(task, advance=1, description=converged)
+                progress.update(task, advance=len(batch), description=converged)
             if statistics.updates == 0:
                 break
     finally:
@@ -133,8 +150,16 @@ class Editor:
         self.base: dict[str, torch.Tensor] = {}
         self.edits: list[_Edit] = []  # the last one and the one before it, to which one can roll back
 
-    def edit(self, model: PreTrainedModel, facts: Sequence[Fact], settings: Settings) -> dict[str, torch.Tensor]:
+    def edit(
+        self,
+        model: PreTrainedModel,
+        facts: Sequence[Fact],
+        settings: Settings,
+        guard_texts: Sequence[Sequence[int]] = (),
+    ) -> dict[str, torch.Tensor]:
         """Put the facts into the model, in place: nothing but the FFN of the chosen layers changes.
+
+        guard_texts: with `guard_weight`, the tokens of what is to stay as it is in the base: see `guard_texts`
 
         Returns a copy of the parameters that were trained, by name, as they were before this call.
 
@@ -148,9 +173,15 @@ class Editor:
         start = self.edits[-1].trained if self.edits else self.base
         storage = {name: parameter.data for name, parameter in parameters.items()}
         try:
+            guard = None
+            if settings.guard_weight:
+                for name, parameter in parameters.items():
+                    parameter.data = self.base[name].to(torch.float32, copy=True)
+                ffns = ffns_of(model, list(settings.layers))
+                guard = Guard(model, ffns, guard_texts, settings.guard_weight)
             for name, parameter in parameters.items():
                 parameter.data = start[name].to(torch.float32, copy=True)
-            train_facts(model, names, facts, settings)
+            train_facts(model, names, facts, settings, guard)
             trained = {name: parameter.detach() for name, parameter in parameters.items()}
             merged = {
                 name: merge(

@@ -21,6 +21,7 @@ class Sample:
     targets: the token that each of them should predict, or IGNORED, shape (rows,)
     own:     whether this token is the answer's own, bool, shape (rows,)
     key:     equal for equal samples
+    learns:  whether the trained FFN has a gradient at this token, bool, shape (tokens,); None: at all of them
     """
 
     ids: torch.Tensor
@@ -29,14 +30,19 @@ class Sample:
     targets: torch.Tensor
     own: torch.Tensor
     key: tuple[int, ...]
+    learns: torch.Tensor | None = None
 
 
 def samples_of(
-    batch: Mapping[str, torch.Tensor], device: torch.device, own: torch.Tensor | None = None
+    batch: Mapping[str, torch.Tensor],
+    device: torch.device,
+    own: torch.Tensor | None = None,
+    learns: torch.Tensor | None = None,
 ) -> list[Sample] | None:
     """The samples of a batch with `input_ids`, `labels` and `attention_mask`, (samples, tokens) each.
 
     own: which labels are the answer's own tokens, bool, (samples, tokens); by default all that are not IGNORED
+    learns: at which tokens the trained FFN has a gradient, bool, (samples, tokens); by default all
 
     Returns None for a batch that is not as simple: other inputs too, padding that is not on the right, no answer.
     """
@@ -45,8 +51,9 @@ def samples_of(
     if own is None:
         own = batch["labels"] != IGNORED
     samples = []
-    for ids, labels, mask, answers in zip(
-        batch["input_ids"], batch["labels"], batch["attention_mask"], own, strict=True
+    places = [None] * len(own) if learns is None else learns.to(device)
+    for ids, labels, mask, answers, place in zip(
+        batch["input_ids"], batch["labels"], batch["attention_mask"], own, places, strict=True
     ):
         length = int(mask.sum())
         answer = (labels != IGNORED).nonzero()[:, 0]
@@ -60,7 +67,7 @@ def samples_of(
         judged = torch.zeros(len(rows), dtype=torch.bool)
         judged[: len(known)] = answers[rows.start + 1 : rows.stop + 1]
         key = tuple(ids[:length].tolist())
-        samples.append(Sample(ids.to(device), length, rows, targets.to(device), judged.to(device), key))
+        samples.append(Sample(ids.to(device), length, rows, targets.to(device), judged.to(device), key, place))
     return samples
 
 

@@ -35,8 +35,23 @@ class Prefix:
         return [tensor for tensor in (self.hidden, self.attention) if tensor is not None]
 
 
-class _PrefixIsComplete(Exception):
-    """Ends a forward in which nothing but the prefix is wanted."""
+class _Complete(Exception):
+    """Ends a forward of which nothing more is wanted."""
+
+
+@contextmanager
+def stop_forward(module: torch.nn.Module) -> Iterator[None]:
+    """Within the block the model's forward ends behind this module, and so does the block."""
+
+    def leave(module, args, output):
+        raise _Complete
+
+    hook = module.register_forward_hook(leave)
+    try:
+        with suppress(_Complete):
+            yield
+    finally:
+        hook.remove()
 
 
 class FrozenPrefix:
@@ -68,12 +83,12 @@ class FrozenPrefix:
         def enter_layer(module, args, kwargs):
             found["hidden"] = args[0] if args else kwargs["hidden_states"]
             if self.attention is None:
-                raise _PrefixIsComplete
+                raise _Complete
 
         def leave_attention(module, args, output):
             self.attention_returns = len(output) if isinstance(output, tuple) else None
             found["attention"] = output[0] if isinstance(output, tuple) else output
-            raise _PrefixIsComplete
+            raise _Complete
 
         with ExitStack() as hooks:
             for layer in self.below[-1:]:
@@ -81,7 +96,7 @@ class FrozenPrefix:
             hooks.callback(self.layer.register_forward_pre_hook(enter_layer, with_kwargs=True).remove)
             if self.attention is not None:
                 hooks.callback(self.attention.register_forward_hook(leave_attention).remove)
-            with suppress(_PrefixIsComplete):
+            with suppress(_Complete):
                 forward(**inputs)
         return Prefix(found["hidden"], found.get("attention"))
 

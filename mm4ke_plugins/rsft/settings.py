@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from ..errors import MM4KEError
 from ..merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
 
+SCHEDULES = ("cosine", "constant")
+GRADIENT_AT = ("all", "subject")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -16,7 +19,11 @@ class Settings:
     steps_per_sample: K, the most updates in one visit of one fact
     loss_threshold:   tau, in nats per token: of the answer alone, and with its end (`losses.losses_of_rows`)
     num_epochs:       the most visits of one fact
-    learning_rate:    of the first visit; it falls to 0 over all visits as a cosine
+    learning_rate:    of the first visit
+    lr_scheduler_type: "cosine", over all visits to 0, or "constant"
+    facts_per_visit:  how many facts one visit trains: 1 is depth-first, more are breadth-first
+    gradient_at:      "all" tokens, or those of the "subject" only: see `rsft.subject`
+    guard_weight:     of the guard's loss; 0 is without: see `rsft.guard`
     weight, density:  of the knowledge delta, as in `merging.equations.merge`
 
     Raises MM4KEError, which names the setting, its value and what would be right: "layers: -1: give the index ...".
@@ -28,6 +35,10 @@ class Settings:
     loss_threshold: float = 0.1
     num_epochs: int = 5
     learning_rate: float = 5e-4
+    lr_scheduler_type: str = "cosine"
+    facts_per_visit: int = 1
+    gradient_at: str = "all"
+    guard_weight: float = 0.0
     weight: float = DEFAULT_WEIGHT
     density: float = DEFAULT_DENSITY
 
@@ -39,6 +50,14 @@ class Settings:
             ("loss_threshold", _is_positive, "give a finite loss above 0 (the paper uses 0.1)"),
             ("num_epochs", is_count, "give a whole number of at least 1"),
             ("learning_rate", _is_positive, "give a finite number above 0"),
+            ("lr_scheduler_type", SCHEDULES.__contains__, f"give {' or '.join(SCHEDULES)}"),
+            ("facts_per_visit", is_count, "give a whole number of at least 1"),
+            ("gradient_at", GRADIENT_AT.__contains__, f"give {' or '.join(GRADIENT_AT)}"),
+            (
+                "guard_weight",
+                lambda value: _is_number(value) and value >= 0,
+                "give a finite number above 0, or 0 for none",
+            ),
             (
                 "weight",
                 lambda value: _is_number(value) and value != 0,

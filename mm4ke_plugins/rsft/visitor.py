@@ -6,12 +6,14 @@ there on, with one warning: in a model whose losses come out otherwise, or when 
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from ..errors import first_line
 from .algorithm import Visit, visit
 from .forward import FastForward
+from .guard import Guard
 from .losses import Sample
 
 logger = logging.getLogger(__name__)
@@ -20,11 +22,15 @@ logger = logging.getLogger(__name__)
 class Visitor:
     """Visits one batch after the other.
 
-    fast: computes the losses; None to compute them plainly
+    fast:  computes the losses; None to compute them plainly
+    guard: what every update is to leave as it was
     """
 
-    def __init__(self, fast: FastForward | None, *, loss_threshold: float, steps_per_sample: int):
+    def __init__(
+        self, fast: FastForward | None, *, loss_threshold: float, steps_per_sample: int, guard: Guard | None = None
+    ):
         self.fast = fast
+        self.guard = guard
         self.settings = {"loss_threshold": loss_threshold, "steps_per_sample": steps_per_sample}
         self.checked = False
 
@@ -32,6 +38,7 @@ class Visitor:
         self,
         samples: Sequence[Sample],
         *,
+        number: int,
         plain_losses: Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]],
         backward: Callable[[torch.Tensor], None],
         step: Callable[[], None],
@@ -39,6 +46,7 @@ class Visitor:
     ) -> Visit:
         """Visit the samples of a batch; without `fast` only their number counts.
 
+        number:       this visit's, in all of the training; the guard's tokens follow from it
         plain_losses: the losses of the samples with these indices, by the whole model: those that are trained, with a
                       graph, and those that are judged
         backward, step, zero_grad: the parts of an update, which takes the mean loss of some samples
@@ -56,19 +64,29 @@ class Visitor:
                     self._give_up_if_out_of_memory(error)
             return plain_losses(indices)
 
+        guard_losses: list[float] = []
+
         def update(loss: torch.Tensor, indices: list[int]) -> None:
+            update_number = number * self.settings["steps_per_sample"] + len(guard_losses)
+
+            def guarded(loss: torch.Tensor) -> torch.Tensor:
+                return loss + self.guard.loss(update_number) if self.guard else loss
+
+            total = guarded(loss)
+            guard_losses.append(float(total.detach() - loss.detach()))
             try:
-                backward(loss)
+                backward(total)
             except RuntimeError as error:
                 if not self.fast:
                     raise
                 self._give_up_if_out_of_memory(error)
                 zero_grad()
-                backward(plain_losses(indices)[0].mean())
+                backward(guarded(plain_losses(indices)[0].mean()))
             step()
             zero_grad()
 
-        return visit(losses_of, update, len(samples), **self.settings)
+        visited = visit(losses_of, update, len(samples), **self.settings)
+        return replace(visited, guard_loss=sum(guard_losses))
 
     @torch.no_grad()
     def _check(self, samples: Sequence[Sample], plain_losses: Callable) -> None:

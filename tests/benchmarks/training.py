@@ -92,6 +92,7 @@ class Run:
         begin = time.perf_counter()
         visit = self.visitor.visit(
             self.samples[index],
+            number=len(self.visits),
             plain_losses=lambda indices: self._plain_losses(batch, self.recipe.own[index], indices),
             backward=torch.Tensor.backward,
             step=self._step,

@@ -28,6 +28,7 @@ from ...errors import MM4KEError, first_line, report_in_one_line
 from ...knowedit.prompts import PROMPT_FORMATS
 from ...merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
 from ...rsft.facts import encode_fact
+from ...rsft.guard import guard_texts
 from ...rsft.live import Editor, changed_tensors
 from ...rsft.settings import Settings, is_count, wrong
 
@@ -66,6 +67,10 @@ class MM4KEHyperParams(HyperParams):
     loss_threshold: float = Settings.loss_threshold
     num_epochs: int = Settings.num_epochs
     learning_rate: float = Settings.learning_rate
+    lr_scheduler_type: str = Settings.lr_scheduler_type
+    facts_per_visit: int = Settings.facts_per_visit
+    gradient_at: str = Settings.gradient_at
+    guard_weight: float = Settings.guard_weight
     weight: float = DEFAULT_WEIGHT
     density: float = DEFAULT_DENSITY
 
@@ -141,9 +146,23 @@ def apply_mm4ke_to_model(
     if hparams.merged_model is not None:
         path = Path(hparams.merged_model)
         return model, copy_delta(model, path, hparams) if path.is_file() else copy_merged(model, path)
-    facts = [encode_fact(tok, request["prompt"], request["target_new"], hparams.prompt_format) for request in requests]
+    facts = [
+        encode_fact(
+            tok,
+            request["prompt"],
+            request["target_new"],
+            hparams.prompt_format,
+            gradient_at=hparams.gradient_at,
+            subject=request.get("subject"),
+        )
+        for request in requests
+    ]
+    texts = []
+    if hparams.guard_weight:
+        questions = [(request["prompt"], request.get("subject")) for request in requests]
+        texts = guard_texts(tok, questions, hparams.prompt_format)
     try:
-        return model, editors.setdefault(model, Editor()).edit(model, facts, hparams.settings())
+        return model, editors.setdefault(model, Editor()).edit(model, facts, hparams.settings(), texts)
     except MM4KEError as error:
         raise MM4KEError(str(error).removeprefix("rsft_")) from None  # as the recipes of another host call these keys
     except FloatingPointError as error:

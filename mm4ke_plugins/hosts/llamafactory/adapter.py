@@ -29,10 +29,12 @@ from ...delta.format import load_delta, save_delta
 from ...errors import MM4KEError, report_in_one_line
 from ...rsft.algorithm import EpochStatistics, LossNotFinite, Visit
 from ...rsft.forward import FastForward, active_dropout
+from ...rsft.guard import Guard
 from ...rsft.layers import ffn_parameter_names
 from ...rsft.losses import answer_losses, samples_of
 from ...rsft.prefix import PREFIX_CACHE_MB
 from ...rsft.provenance import Provenance, joint_hash, parameter_hashes
+from ...rsft.subject import gradient_only_at, trained_ffns
 from ...rsft.visitor import Visitor
 from ...storage.checkpoint import open_safetensors, tensor_files
 from ...storage.names import name_in
@@ -48,6 +50,8 @@ DELTA_RECIPE_KEYS = (
     "rsft_modules",
     "rsft_steps_per_sample",
     "rsft_loss_threshold",
+    "rsft_gradient_at",
+    "rsft_guard_weight",
     "per_device_train_batch_size",
     "num_train_epochs",
     "learning_rate",
@@ -163,8 +167,10 @@ def substitute_trainer(workflow) -> None:
             """Train from a checkpoint of this very training, or anew; nothing where output_dir has its result."""
             recipe = self.finetuning_args.recipe
             self.base_hashes = parameter_hashes(self.model)
+            guard_texts = recipe.data_args.rsft_guard_texts
+            guarded = {} if guard_texts is None else {"rsft_guard": Hasher.hash(guard_texts)}
             provenance = Provenance(
-                recipe.settings | config_settings(self.model.config),
+                recipe.settings | config_settings(self.model.config) | guarded,
                 joint_hash(self.base_hashes),
                 [Hasher.hash(fact) for fact in self.train_dataset],
             )
@@ -175,6 +181,9 @@ def substitute_trainer(workflow) -> None:
                 checkpoint = self.output.prepare(recipe.resume, self.args.overwrite_output_dir)
                 if self.output.is_finished:
                     return self._take_result()
+                if guard_texts is not None:  # now, while the model is the base
+                    ffns, weight = trained_ffns(self.model), self.finetuning_args.rsft_guard_weight
+                    self.visitor.guard = Guard(self.model, ffns, guard_texts, weight)
                 with written_to(self.output.folder):
                     return super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
             except BaseException:
@@ -280,11 +289,12 @@ def substitute_trainer(workflow) -> None:
             return tensors, names
 
         def _prepare_inputs(self, inputs):
-            inputs.pop(facts.OWN, None)  # an evaluation's batch has it still
+            for key in (facts.OWN, facts.LEARNS):  # an evaluation's batch has them still
+                inputs.pop(key, None)
             return super()._prepare_inputs(inputs)
 
-        def _samples_of(self, batch, own) -> list:
-            samples = samples_of(batch, self.args.device, own)
+        def _samples_of(self, batch, own, learns) -> list:
+            samples = samples_of(batch, self.args.device, own, learns)
             if samples is None:
                 self.visitor.fast = None
                 samples = [None] * len(batch["input_ids"])
@@ -298,14 +308,15 @@ def substitute_trainer(workflow) -> None:
         def training_step(self, model, inputs, num_items_in_batch=None):
             """One visit. Returns the mean judged loss before its first update: the log has what tau judges."""
             model.train()
-            own = inputs.pop(facts.OWN)
-            samples = self._samples_of(inputs, own)
+            own, learns = inputs.pop(facts.OWN), inputs.pop(facts.LEARNS, None)
+            samples = self._samples_of(inputs, own, learns)
             inputs = self._prepare_inputs(inputs)
             self.visit_grad_norm = 0.0
             try:
                 self.visited = self.visitor.visit(
                     samples,
-                    plain_losses=lambda indices: self._plain_losses(model, inputs, own, indices),
+                    number=self.state.global_step,
+                    plain_losses=lambda indices: self._plain_losses(model, inputs, own, learns, indices),
                     backward=self.accelerator.backward,
                     step=lambda: self._step(model),
                     zero_grad=model.zero_grad,
@@ -319,14 +330,15 @@ def substitute_trainer(workflow) -> None:
             losses = self.visited.first_losses
             return torch.tensor(sum(losses) / len(losses), device=self.args.device)
 
-        def _plain_losses(self, model, inputs, own, indices) -> tuple[torch.Tensor, torch.Tensor]:
-            if len(inputs["input_ids"]) == 1:
-                # Without num_items_in_batch the model returns the mean over all trained tokens.
-                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-                return loss.reshape(1), answer_losses(outputs.logits.detach(), inputs["labels"], own)[1]
-            labels = inputs["labels"][indices]
-            part = {key: value[indices] for key, value in inputs.items() if key != "labels"}
-            return answer_losses(model(**part).logits, labels, own[indices])
+        def _plain_losses(self, model, inputs, own, learns, indices) -> tuple[torch.Tensor, torch.Tensor]:
+            with gradient_only_at(None if learns is None else learns[indices], trained_ffns(self.model)):
+                if len(inputs["input_ids"]) == 1:
+                    # Without num_items_in_batch the model returns the mean over all trained tokens.
+                    loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                    return loss.reshape(1), answer_losses(outputs.logits.detach(), inputs["labels"], own)[1]
+                labels = inputs["labels"][indices]
+                part = {key: value[indices] for key, value in inputs.items() if key != "labels"}
+                return answer_losses(model(**part).logits, labels, own[indices])
 
         def _step(self, model) -> None:
             if self.args.max_grad_norm > 0:

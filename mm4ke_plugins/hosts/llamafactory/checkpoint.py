@@ -39,7 +39,7 @@ WITHOUT_EFFECT = re.compile(
     r"|include_num_input_tokens_seen|include_effective_tokens_per_second|skip_memory_metrics|torch_empty_cache_steps"
     r"|dataloader_num_workers|dataloader_pin_memory|dataloader_persistent_workers|dataloader_prefetch_factor"
     r"|local_rank|ddp_.*|ray_.*|master_addr|master_port|enable_torch_profiler|profiler_.*|profile_modules"
-    r"|rsft_prefix_cache_mb|rsft_save_.*"
+    r"|rsft_prefix_cache_mb|rsft_save_.*|rsft_guard_file"
     r"|.*_(token|secret|api_key)"
 )
 # Where the best checkpoint becomes the result, it matters which ones there are.
@@ -57,12 +57,13 @@ class Recipe:
 
     settings:   the recipe's part of `Provenance.settings`
     resume:     its resume_from_checkpoint: a folder, True (there must be a checkpoint), False (begin anew), or None
-    model_args: LLaMA-Factory's ModelArguments
+    model_args, data_args: LLaMA-Factory's ModelArguments and DataArguments
     """
 
     settings: dict[str, Any]
     resume: Path | bool | None
     model_args: Any
+    data_args: Any
 
 
 def take_recipe(model_args, data_args, training_args, finetuning_args) -> Recipe:
@@ -84,7 +85,7 @@ def take_recipe(model_args, data_args, training_args, finetuning_args) -> Recipe
         resume = {"true": True, "false": False}.get(resume.lower(), Path(resume))
     # For both hosts: something was said, and it is not a checkpoint.
     training_args.resume_from_checkpoint = False
-    return Recipe(_as_json(settings), resume, model_args)
+    return Recipe(_as_json(settings), resume, model_args, data_args)
 
 
 def _refuse_to_write_into_the_base(base: Path, output: Path) -> None:

@@ -7,6 +7,7 @@ What LLaMA-Factory trains of a fact is more than its answer: a template's end of
 where a reasoning template is told to think. Both are found from the template's own pieces.
 
     rsft_own        of each label that is trained, in order, whether it is the answer's own token
+    rsft_learns     with rsft_gradient_at: subject, of each token, whether the trained FFN has a gradient there
     rsft_question   the question, for messages
 
 The template `empty`, for models without a chat format, has neither a space before the answer nor an end after it.
@@ -15,11 +16,14 @@ With R-SFT it means what is scored as raw prompts: the question, a space, the an
 
 import copy
 import functools
+import json
 import sys
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from llamafactory.data.parser import get_dataset_list
 from llamafactory.data.processor import SupervisedDatasetProcessor
 from llamafactory.data.template import TEMPLATES, ReasoningTemplate, Template
 from llamafactory.extras.constants import IGNORE_INDEX
@@ -27,9 +31,11 @@ from llamafactory.model.loader import load_config
 
 from ...errors import MM4KEError, first_line
 from ...rsft.facts import encode_fact
+from ...rsft.guard import everyday_conversations, swapped_questions
+from ...rsft.subject import tokens_of_subject
 from .recipe import recipe_name
 
-OWN, QUESTION = "rsft_own", "rsft_question"
+OWN, LEARNS, QUESTION = "rsft_own", "rsft_learns", "rsft_question"
 RAW_TEMPLATE = "empty"
 PLACEHOLDER = "{{content}}"
 
@@ -45,6 +51,7 @@ class FactProcessor(SupervisedDatasetProcessor):
         whole.cutoff_len = sys.maxsize
         super().__init__(template=template, tokenizer=tokenizer, processor=processor, data_args=whole)
         self.is_raw = template is TEMPLATES[RAW_TEMPLATE]
+        self.subjects = read_subjects(data_args) if data_args.rsft_gradient_at == "subject" else None
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = defaultdict(list)
@@ -60,6 +67,7 @@ class FactProcessor(SupervisedDatasetProcessor):
         question = prompt[-1]["content"] if prompt else ""
         media = {key: example[f"_{key}"] for key in ("images", "videos", "audios")}
         row = {"input_ids": [], "attention_mask": [], "labels": [], **media, OWN: [], QUESTION: question or ""}
+        row |= {} if self.subjects is None else {LEARNS: []}
         if len(prompt) % 2 != 1 or len(response) != 1:
             return row
         if not all(isinstance(message["content"], str) and message["content"].strip() for message in messages):
@@ -70,6 +78,10 @@ class FactProcessor(SupervisedDatasetProcessor):
             ids, labels, own = self._in_template(example, messages, media)
         row |= {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
         row[OWN] = [int(is_own) for is_own, label in zip(own, labels, strict=True) if label != IGNORE_INDEX]
+        if self.subjects is not None:
+            stop = prompt_length(labels)
+            learns = tokens_of_subject(self.tokenizer, ids[:stop], question, self.subjects.get(question))
+            row[LEARNS] = [int(does) for does in learns] + [0] * (len(ids) - stop)
         return row
 
     def _raw(self, example: dict[str, Any]) -> tuple[list[int], list[int], list[bool]]:
@@ -107,6 +119,65 @@ class FactProcessor(SupervisedDatasetProcessor):
                 return [], [], []
         own += end
         return ids, labels, [False] * (len(ids) - len(own)) + own  # a processor of images may put tokens in front
+
+
+def prompt_length(labels: list[int]) -> int:
+    """How many tokens are before the last answer."""
+    return max((place for place, label in enumerate(labels) if label == IGNORE_INDEX), default=-1) + 1
+
+
+def read_subjects(data_args) -> dict[str, str]:
+    """The subjects of the facts by their questions, where the recipe's JSON files have a `subject` beside them."""
+    subjects = {}
+    for entry in get_dataset_list(data_args.dataset, data_args.dataset_dir):
+        file = Path(data_args.dataset_dir) / str(entry.dataset_name)
+        if entry.load_from != "file" or entry.formatting != "alpaca" or file.suffix != ".json" or not file.is_file():
+            continue
+        for record in json.loads(file.read_text(encoding="utf-8")):
+            subject, question = record.get("subject"), record.get(entry.prompt)
+            if isinstance(subject, str) and subject.strip() and isinstance(question, str):
+                subjects[question] = subject.strip()
+    return subjects
+
+
+def guard_texts(processor: "FactProcessor", questions: list[str], file: str | None) -> list[list[int]]:
+    """The token ids of what the guard keeps, in the recipe's template: see `rsft.guard`.
+
+    questions: of the facts. file: a JSON list of the user's own conversations
+
+    Raises MM4KEError for a file that is not one.
+    """
+
+    def encoded(question: str, answer: str) -> dict[str, list[int]]:
+        turns = {"_prompt": [{"role": "user", "content": question}], "_system": "", "_tools": ""}
+        answered = {"_response": [{"role": "assistant", "content": answer}]}
+        return processor._row(turns | answered | {"_images": None, "_videos": None, "_audios": None})
+
+    facts = [(question, (processor.subjects or {}).get(question)) for question in questions]
+    texts = [encoded(*pair)["input_ids"] for pair in [*everyday_conversations(), *read_guard_file(file)]]
+    for question in swapped_questions(facts):
+        row = encoded(question, "?")
+        texts.append(row["input_ids"][: prompt_length(row["labels"])])
+    return texts
+
+
+def read_guard_file(file: str | None) -> list[tuple[str, str]]:
+    if file is None:
+        return []
+    place = f"{recipe_name()}: rsft_guard_file: {file}"
+    right = 'give a JSON list of {"instruction": a question, "output": its answer}'
+    try:
+        records = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MM4KEError(f"{place}: can't be read ({first_line(error)}); {right}") from None
+    if not isinstance(records, list):
+        raise MM4KEError(f"{place}: is no list; {right}")
+    for index, record in enumerate(records):
+        for key in ("instruction", "output"):
+            value = record.get(key) if isinstance(record, dict) else None
+            if not isinstance(value, str) or not value.strip():
+                raise MM4KEError(f"{place}: record {index} (0-based): {key}: {json.dumps(value)}; {right}")
+    return [(record["instruction"], record["output"]) for record in records]
 
 
 def own_tokens(template: Template, tokenizer: Any, message: dict[str, str], target: list[int]) -> tuple[int, int]:
@@ -151,7 +222,8 @@ def _common(ids: list[int], others: list[int]) -> int:
 
 
 class OwnCollator:
-    """A host's collator, and in each batch `rsft_own`: which labels are the answers' own tokens, bool, as `labels`."""
+    """A host's collator, and in each batch, bool, as `labels`: `rsft_own`, which labels are the answers' own tokens, and,
+    where the facts have it, `rsft_learns`."""
 
     def __init__(self, collator):
         self.collator = collator
@@ -159,7 +231,12 @@ class OwnCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         features = [{key: value for key, value in feature.items() if key != QUESTION} for feature in features]
         flags = [flag for feature in features for flag in feature.pop(OWN)]
+        learns = [feature.pop(LEARNS) for feature in features] if LEARNS in features[0] else None
         batch = self.collator(features)
+        if learns is not None:
+            batch[LEARNS] = torch.zeros_like(batch["labels"], dtype=torch.bool)
+            for place, row in zip(batch[LEARNS], learns, strict=True):
+                place[: len(row)] = torch.tensor(row, dtype=torch.bool)
         own = torch.zeros_like(batch["labels"], dtype=torch.bool)
         own[batch["labels"] != IGNORE_INDEX] = torch.tensor(flags, dtype=torch.bool)
         batch[OWN] = own
@@ -197,6 +274,15 @@ def keep_facts_whole(loader, workflow) -> None:
         for rows in (found.get("train_dataset"), *evaluated):
             if rows is not None and OWN in rows.column_names:
                 check_facts(rows, data_args.cutoff_len, limit)
+        if data_args.rsft_guard_texts is not None and found.get("train_dataset") is not None:
+            processor = FactProcessor(
+                template=template,
+                tokenizer=modules["tokenizer"],
+                processor=modules.get("processor"),
+                data_args=data_args,
+            )
+            texts = guard_texts(processor, list(found["train_dataset"][QUESTION]), data_args.rsft_guard_file)
+            data_args.rsft_guard_texts = texts
         return found
 
     @functools.wraps(get_template)

@@ -47,6 +47,27 @@ class RsftArguments:
             "own tokens and over all that are trained, with the end of the turn."
         },
     )
+    rsft_gradient_at: str = field(
+        default=Settings.gradient_at,
+        metadata={
+            "help": "Where a fact is learned: at all of its tokens (all), or at those of its subject only (subject), "
+            "which spares other questions. Facts without a subject are then learned at the words of their question."
+        },
+    )
+    rsft_guard_weight: float = field(
+        default=Settings.guard_weight,
+        metadata={
+            "help": "How strongly every update is held to leave the trained FFN as it was on everyday conversations and "
+            "on the facts' questions with other subjects; 0 is without this guard."
+        },
+    )
+    rsft_guard_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "A JSON list of conversations that the guard shall keep as well: "
+            '[{"instruction": "...", "output": "..."}].'
+        },
+    )
     rsft_prefix_cache_mb: int | None = field(
         default=None,
         metadata={
@@ -135,7 +156,7 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
     def refuse(key: str, value: object, right: str) -> None:
         raise MM4KEError(f"{recipe_name()}: {wrong(key, value, right)}")
 
-    shared = ("layers", "modules", "steps_per_sample", "loss_threshold")
+    shared = ("layers", "modules", "steps_per_sample", "loss_threshold", "gradient_at", "guard_weight")
     try:
         settings = Settings(**{key: getattr(finetuning_args, f"rsft_{key}") for key in shared})
     except MM4KEError as error:
@@ -203,7 +224,15 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
             "R-SFT is sequential, every visit starts from the weights the last one left: run it in one process "
             "(NPROC_PER_NODE=1, or CUDA_VISIBLE_DEVICES=0 where there are several GPUs)",
         )
-    data_args.rsft = True  # for where the facts are tokenized, which sees these arguments only
+    # For where the facts are tokenized, which sees these arguments only.
+    data_args.rsft = True
+    data_args.rsft_gradient_at = settings.gradient_at
+    data_args.rsft_guard_file = finetuning_args.rsft_guard_file if settings.guard_weight else None
+    data_args.rsft_guard_texts = [] if settings.guard_weight else None
+    if settings.gradient_at != "all" and not model_args.disable_gradient_checkpointing:
+        refuse("disable_gradient_checkpointing", False, f"rsft_gradient_at: {settings.gradient_at} needs true")
+    if finetuning_args.rsft_guard_file and not settings.guard_weight:
+        refuse("rsft_guard_file", finetuning_args.rsft_guard_file, "needs a guard; give rsft_guard_weight, such as 30")
     if training_args.do_train:
         _check_model_folder(model_args.model_name_or_path, refuse)
         _check_datasets(data_args, refuse)

@@ -1,0 +1,148 @@
+"""A guard in R-SFT: the trained FFN is held to what it was, on the inputs that it gets from what must stay.
+
+Layer n's FFN f maps the normed hidden state x of a token to what is added to the residual stream. With the base's f0,
+and h(x) the residual stream behind that layer in the base, every update of R-SFT also lowers
+
+    weight * ( mean over ROWS tokens x of the guard, chosen anew for every update,  |f(x) - f0(x)|^2 / |h(x)|^2
+             + mean over the tokens x that all prompts begin with,                  the same )
+
+What lies below layer n is frozen, so the inputs x and the targets f0(x) are computed once, as far as layer n. An update
+then costs one pass of ROWS tokens through one FFN: no teacher, and no pass through the other layers.
+
+The guard's tokens are of everyday conversations (guard.txt), and, for facts with a subject, of the facts' questions
+with the subject of another fact: what is asked of one thing must not be answered of all things. AlphaEdit (arXiv
+2410.02355) holds closed-form edits to the same outputs, by projecting them off the inputs' principal directions.
+"""
+
+from collections.abc import Sequence
+from importlib.resources import files
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..knowedit.prompts import chat_prompt
+from .facts import encode_fact
+from .layers import decoder_layers
+from .prefix import stop_forward
+
+# How many tokens of the guard take part in one update.
+ROWS = 512
+
+
+def everyday_conversations() -> list[tuple[str, str]]:
+    """Questions and answers of daily life, written for this project; none is asked by `known_facts`."""
+    lines = (files(__package__) / "guard.txt").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split(" | ") for line in lines if line and not line.startswith("#"))
+    return [(question.strip(), answer.strip()) for question, answer in pairs]
+
+
+def swapped_questions(facts: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Each fact's question with the subject of the next one; a fact is a question and its subject.
+
+    Facts without a subject, or whose question doesn't have it, are left out, and what comes out as a fact's question.
+    """
+    with_subject = [(question, subject) for question, subject in facts if subject and subject in question]
+    asked = {question for question, _ in facts}
+    others = [subject for _, subject in with_subject[1:] + with_subject[:1]]
+    swapped = [
+        question.replace(subject, other) for (question, subject), other in zip(with_subject, others, strict=True)
+    ]
+    return [question for question in dict.fromkeys(swapped) if question not in asked]
+
+
+def guard_texts(
+    tokenizer: PreTrainedTokenizerBase, facts: Sequence[tuple[str, str | None]], prompt_format: str
+) -> list[list[int]]:
+    """The token ids of the guard's conversations in one of PROMPT_FORMATS; a fact is a question and its subject."""
+    conversations = [
+        encode_fact(tokenizer, question, answer, prompt_format).ids for question, answer in everyday_conversations()
+    ]
+    return conversations + [
+        chat_prompt(tokenizer, question) if prompt_format == "chat" else tokenizer(question).input_ids
+        for question in swapped_questions(facts)
+    ]
+
+
+class Guard:
+    """Holds FFNs of a model to what they are now, before the first update."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        ffns: Sequence[torch.nn.Module],
+        texts: Sequence[Sequence[int]],
+        weight: float,
+    ):
+        """
+        model:  a decoder of the transformers library
+        ffns:   those of its FFNs that are trained
+        texts:  the token ids of the guard's conversations
+        weight: of the guard's loss, above 0
+        """
+        self.weight = weight
+        self.ffns = ffns
+        _, layers = decoder_layers(model)
+        above = [next(layer for layer in layers if ffn in layer.children()) for ffn in self.ffns]
+        shared = _common_length(texts)
+        found: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.ffns]
+        for number, ids in enumerate(texts):
+            for place, (inputs, behind) in enumerate(_pass(model, self.ffns, above, ids)):
+                first = 0 if number == 0 else shared
+                found[place].append((inputs[first:], behind[first:]))
+        self.inputs, self.targets, self.scales = [], [], []
+        for ffn, parts in zip(self.ffns, found, strict=True):
+            inputs, behind = (torch.cat(tensors).float() for tensors in zip(*parts, strict=True))
+            self.inputs.append(inputs)
+            with torch.no_grad():
+                self.targets.append(ffn(inputs))
+            self.scales.append(1 / behind.square().sum(1))
+        self.shared = shared
+
+    def loss(self, number: int) -> torch.Tensor:
+        """The guard's loss at the update with this number, by which its tokens are chosen; a scalar with a graph."""
+        generator = torch.Generator().manual_seed(number)
+        total = 0.0
+        for place in range(len(self.ffns)):
+            count = len(self.inputs[place])
+            if count > self.shared:
+                rows = torch.randint(self.shared, count, (min(ROWS, count - self.shared),), generator=generator)
+                total = total + self._mean(place, rows.to(self.inputs[place].device))
+            if self.shared:
+                total = total + self._mean(place, slice(self.shared))
+        return self.weight * total
+
+    def _mean(self, place: int, rows: torch.Tensor | slice) -> torch.Tensor:
+        change = self.ffns[place](self.inputs[place][rows]) - self.targets[place][rows]
+        return (change.square().sum(1) * self.scales[place][rows]).mean()
+
+
+@torch.no_grad()
+def _pass(model, ffns, layers, ids: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each FFN its inputs, and the hidden states behind its layer, (tokens, hidden size)."""
+    inputs, behind = {}, {}
+
+    def enter_ffn(ffn, args):
+        inputs[ffn] = args[0][0].detach()
+
+    def leave_layer(layer, args, output):
+        behind[layer] = (output[0] if isinstance(output, tuple) else output)[0].detach()
+
+    hooks = [ffn.register_forward_pre_hook(enter_ffn) for ffn in ffns]
+    hooks += [layer.register_forward_hook(leave_layer) for layer in layers]
+    try:
+        # An FFN that is trained in float32 in a model of 16 bits.
+        mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
+        autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=mixed)
+        with stop_forward(layers[-1]), autocast:
+            model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(inputs[ffn], behind[layer]) for ffn, layer in zip(ffns, layers, strict=True)]
+
+
+def _common_length(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts begin with, if there are several; at least one token of each is its own."""
+    shortest = min(len(ids) for ids in texts)
+    length = next((k for k in range(shortest) if len({ids[k] for ids in texts}) > 1), shortest - 1)
+    return length if len(texts) > 1 else 0
