@@ -241,7 +241,7 @@ def drift(model, before, texts):
 
 
 SETTINGS = {
-    "layers": LAYER, "learning_rate": 1e-2, "loss_threshold": 0.5, "num_epochs": 150, "steps_per_sample": 1,
+    "layers": LAYER, "learning_rate": 3e-3, "loss_threshold": 0.5, "num_epochs": 60, "steps_per_sample": 1,
     "facts_per_visit": 2, "lr_scheduler_type": "constant", "weight": 1.0, "density": 1.0,
 }  # fmt: skip
 
@@ -249,12 +249,13 @@ SETTINGS = {
 def test_a_guarded_live_edit_moves_less_and_learns_as_well(folder):
     texts = guard_texts(tiny_tokenizer(), [(question, subject) for question, _, subject in FACTS], "chat")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    drifts = {}
+    drifts, learned = {}, {}
     for weight in (0, 5):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         Editor().edit(model, encoded("all"), Settings(**SETTINGS, guard_weight=weight), texts)
-        assert max(float(fact_losses(model, fact)[1].detach()) for fact in encoded()) < 0.6
+        learned[weight] = max(float(fact_losses(model, fact)[1]) for fact in encoded())
         drifts[weight] = drift(model, base, texts[:20])
+    assert max(learned.values()) < max(float(fact_losses(base, fact)[1]) for fact in encoded()) / 4, learned
     assert 0 < drifts[5] < drifts[0] / 2, drifts
 
 
