@@ -47,10 +47,13 @@ class FastForward:
         self.trained = trained_ffns(model)
 
     def losses(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The losses that are trained and those that are judged: see `losses_of_rows`.
+        """The losses that are trained and those that are judged: see `losses_of_rows`."""
+        return losses_of_rows(
+            self.logits(samples), [sample.targets for sample in samples], [sample.own for sample in samples]
+        )
 
-        Samples of other lengths are padded to the longest.
-        """
+    def logits(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, ...]:
+        """Of each sample (rows, vocabulary). Samples of other lengths are padded to the longest."""
         tokens = max(len(sample.ids) for sample in samples)
         ids = torch.stack([_pad(sample.ids, tokens) for sample in samples])
         mask = torch.stack([_pad(sample.ids.new_ones(sample.length), tokens) for sample in samples])
@@ -75,11 +78,7 @@ class FastForward:
             for ffn, forward in self.ffns:
                 undo.callback(replace_forward(ffn, forward))
             logits = self._forward(input_ids=ids, attention_mask=mask).logits[0]
-        return losses_of_rows(
-            logits.split([len(sample.rows) for sample in samples]),
-            [sample.targets for sample in samples],
-            [sample.own for sample in samples],
-        )
+        return logits.split([len(sample.rows) for sample in samples])
 
     def _forward(self, **inputs: torch.Tensor):
         device_type = inputs["input_ids"].device.type

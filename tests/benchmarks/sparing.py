@@ -64,8 +64,11 @@ BREADTH_FIRST = {
 @click.option("--skip", default=0, show_default=True, help="Records before them that are left out.")
 @click.option("--base", type=click.Path(path_type=Path), default=ROOT / "work/base", show_default=True)
 @click.option("--set", "rows", multiple=True, required=True, metavar="NAME:KEY=VALUE,...")
+@click.option("--merge", "merges", multiple=True, metavar="WEIGHT/DENSITY", help="Measure these of each training.")
 @click.option("--output", type=click.Path(path_type=Path), help="A file of JSON lines.")
-def main(facts: Path, n: int, skip: int, base: Path, rows: tuple[str, ...], output: Path | None) -> None:
+def main(
+    facts: Path, n: int, skip: int, base: Path, rows: tuple[str, ...], merges: tuple[str, ...], output: Path | None
+) -> None:
     records = consistent_records(read_records(facts, skip + n)[skip:], True)
     tokenizer = load_tokenizer(base)
     questions = questions_of(records)
@@ -79,6 +82,33 @@ def main(facts: Path, n: int, skip: int, base: Path, rows: tuple[str, ...], outp
     print(
         f"{machine()}\n{facts.name}: {len(records)} facts after {skip}; the base knows {len(known.facts)}, {base_scores}"
     )
+
+    def measure(name: str, settings: Settings, seconds: float) -> None:
+        scores = mean_scores(questions, question_scores(questions, codes, predict(model, codes), before))
+
+        def share(pairs: list[tuple[str, str]]) -> float:
+            said = generate(model, tokenizer, [prompt for prompt, _ in pairs], 16)
+            texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+            right = sum(normalize(text) == normalize(answer) for text, (_, answer) in zip(texts, pairs, strict=True))
+            return right / len(pairs)
+
+        kept = known.measure(model)
+        found = scores | {
+            "free": share([(fact.prompt, fact.target_new) for fact in records]),
+            "free_gen": share(
+                [(fact.rephrase_prompts[0], fact.target_new) for fact in records if fact.rephrase_prompts]
+            ),
+            "known": kept.kept,
+            "kl": kept.kl,
+            "ppl": perplexity(model, tokenizer, neutral_text()) / base_ppl,
+            "seconds": seconds,
+        }
+        line = "  ".join(f"{key} {value:.3f}" for key, value in found.items())
+        print(f"{name:<24}{line}", flush=True)
+        if output:
+            content = {"name": name, "facts": facts.name, "skip": skip, "n": len(records)}
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(content | {"settings": dataclasses.asdict(settings)} | found) + "\n")
 
     for row in rows:
         name, _, changes = row.partition(":")
@@ -106,36 +136,14 @@ def main(facts: Path, n: int, skip: int, base: Path, rows: tuple[str, ...], outp
         train_facts(model, names, encoded, settings, guard)
         seconds = time.perf_counter() - begin
         model.eval()
-        with torch.no_grad():
-            for each in names:
-                parameter = model.get_parameter(each)
-                weights = [settings.weight], [settings.density]
-                parameter.copy_(merge(original[each], [parameter.detach()], *weights, names=["base", "edited"]))
-        scores = mean_scores(questions, question_scores(questions, codes, predict(model, codes), before))
-
-        def share(pairs: list[tuple[str, str]]) -> float:
-            said = generate(model, tokenizer, [prompt for prompt, _ in pairs], 16)
-            texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
-            right = sum(normalize(text) == normalize(answer) for text, (_, answer) in zip(texts, pairs, strict=True))
-            return right / len(pairs)
-
-        kept = known.measure(model)
-        found = scores | {
-            "free": share([(fact.prompt, fact.target_new) for fact in records]),
-            "free_gen": share(
-                [(fact.rephrase_prompts[0], fact.target_new) for fact in records if fact.rephrase_prompts]
-            ),
-            "known": kept.kept,
-            "kl": kept.kl,
-            "ppl": perplexity(model, tokenizer, neutral_text()) / base_ppl,
-            "seconds": seconds,
-        }
-        line = "  ".join(f"{key} {value:.3f}" for key, value in found.items())
-        print(f"{name:<24}{line}", flush=True)
-        if output:
-            content = {"name": name, "facts": facts.name, "skip": skip, "n": len(records)}
-            with output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(content | {"settings": dataclasses.asdict(settings)} | found) + "\n")
+        trained = {each: model.get_parameter(each).detach().clone() for each in names}
+        for merged in merges or (f"{settings.weight}/{settings.density}",):
+            weight, density = map(float, merged.split("/"))
+            with torch.no_grad():
+                for each in names:
+                    tensor = merge(original[each], [trained[each]], [weight], [density], names=["base", "edited"])
+                    model.get_parameter(each).copy_(tensor)
+            measure(f"{name} {merged}", settings, seconds)
 
 
 if __name__ == "__main__":
