@@ -148,6 +148,7 @@ class Editor:
 
     def __init__(self) -> None:
         self.base: dict[str, torch.Tensor] = {}
+        self.guard: tuple[tuple, Guard] | None = None  # the last one, and what it was made for
         self.edits: list[_Edit] = []  # the last one and the one before it, to which one can roll back
 
     def edit(
@@ -173,12 +174,7 @@ class Editor:
         start = self.edits[-1].trained if self.edits else self.base
         storage = {name: parameter.data for name, parameter in parameters.items()}
         try:
-            guard = None
-            if settings.guard_weight:
-                for name, parameter in parameters.items():
-                    parameter.data = self.base[name].to(torch.float32, copy=True)
-                ffns = ffns_of(model, list(settings.layers))
-                guard = Guard(model, ffns, guard_texts, settings.guard_weight)
+            guard = self._guard(model, parameters, settings, guard_texts) if settings.guard_weight else None
             for name, parameter in parameters.items():
                 parameter.data = start[name].to(torch.float32, copy=True)
             train_facts(model, names, facts, settings, guard)
@@ -202,6 +198,22 @@ class Editor:
         self.edits = [*self.edits[-1:], _Edit(trained, merged)]
         return before
 
+    def _guard(
+        self,
+        model: PreTrainedModel,
+        parameters: dict[str, torch.nn.Parameter],
+        settings: Settings,
+        texts: Sequence[Sequence[int]],
+    ) -> Guard:
+        """The guard of the base, whose parameters are put into the model; that of the last call if it is the same."""
+        key = (settings.layers, settings.guard_weight, tuple(map(tuple, texts)))
+        if self.guard is None or self.guard[0] != key:
+            for name, parameter in parameters.items():
+                parameter.data = self.base[name].to(torch.float32, copy=True)
+            ffns = ffns_of(model, list(settings.layers))
+            self.guard = key, Guard(model, ffns, texts, settings.guard_weight)
+        return self.guard[1]
+
     def _recall(self, current: dict[str, torch.Tensor]) -> None:
         """Keep of the earlier edits those that `current` still has; where it has none, it is the new base."""
 
@@ -211,7 +223,7 @@ class Editor:
         while self.edits and not same(self.edits[-1].merged):
             self.edits.pop()
         if not self.edits and not same(self.base):
-            self.base = current
+            self.base, self.guard = current, None
 
 
 def changed_tensors(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:

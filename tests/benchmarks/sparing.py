@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 import torch
 import yaml
+from matplotlib.figure import Figure
 from training import ROOT, machine
 
 from mm4ke_plugins.knowedit.dataset import consistent_records
@@ -63,11 +64,19 @@ BREADTH_FIRST = {
 @click.option("--n", default=40, show_default=True, help="Records.")
 @click.option("--skip", default=0, show_default=True, help="Records before them that are left out.")
 @click.option("--base", type=click.Path(path_type=Path), default=ROOT / "work/base", show_default=True)
-@click.option("--set", "rows", multiple=True, required=True, metavar="NAME:KEY=VALUE,...")
+@click.option("--set", "rows", multiple=True, metavar="NAME:KEY=VALUE,...")
 @click.option("--merge", "merges", multiple=True, metavar="WEIGHT/DENSITY", help="Measure these of each training.")
 @click.option("--output", type=click.Path(path_type=Path), help="A file of JSON lines.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw all rows of --output.")
 def main(
-    facts: Path, n: int, skip: int, base: Path, rows: tuple[str, ...], merges: tuple[str, ...], output: Path | None
+    facts: Path,
+    n: int,
+    skip: int,
+    base: Path,
+    rows: tuple[str, ...],
+    merges: tuple[str, ...],
+    output: Path | None,
+    figure: Path | None,
 ) -> None:
     records = consistent_records(read_records(facts, skip + n)[skip:], True)
     tokenizer = load_tokenizer(base)
@@ -144,6 +153,23 @@ def main(
                     tensor = merge(original[each], [trained[each]], [weight], [density], names=["base", "edited"])
                     model.get_parameter(each).copy_(tensor)
             measure(f"{name} {merged}", settings, seconds)
+
+    if output and figure:
+        draw([json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()], figure)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """What is learned over what is spared, a point for each row, in two panels."""
+    panels = (("locality", "generalization"), ("known", "free_gen"))
+    titles = {"known": "known facts kept", "free_gen": "generalization, asked freely"}
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    for axes, (x, y) in zip(figure.subplots(1, 2), panels, strict=True):
+        for row in rows:
+            axes.plot(row[x], row[y], "o", color="tab:blue")
+            axes.annotate(row["name"], (row[x], row[y]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.set(xlabel=titles.get(x, x), ylabel=titles.get(y, y), xlim=(0, 1.02), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":
