@@ -36,17 +36,15 @@ MEASURES = (*METRICS, "kl", "perplexity", *KNOWN)
 TITLES = {"kl": "KL from base (nats)", "known_kl": "KL from base, known facts"}
 TITLES |= {name: name.replace("_", " ") for name in (*METRICS, "perplexity")}
 SHORT_TITLES = {
-    "edit_success": "edit success",
-    "generalization": "general- ization",
-    "portability": "porta- bility",
-    "locality": "local- ity",
-    "kl": "KL (nats)",
-    "perplexity": "perple- xity",
-    "known_kl": "known KL",
-    "known_kept": "known kept",
+    "edit_success": "edit\nsuccess",
+    "generalization": "general-\nization",
+    "portability": "porta-\nbility",
+    "locality": "local-\nity",
+    "kl": "KL\n(nats)",
+    "perplexity": "perple-\nxity",
+    "known_kl": "known\nKL",
+    "known_kept": "known\nkept",
 }
-# In the tables, of columns whose name may be broken.
-WIDTHS = dict.fromkeys(MEASURES, 6) | {"edit_success": 7, "generalization": 8, "perplexity": 7}
 FORMS = {"kl": ".4f", "known_kl": ".4f", "perplexity": ".2f"}
 ORANGE = "#d55e00"
 STYLE = {
@@ -116,7 +114,7 @@ def _table(heading: str, *columns: str) -> Table:
     """A table of numbers that fits into 80 columns; the last column has words."""
     table = Table(box=None, padding=(0, 1, 0, 0), title=f"\n{heading}", title_justify="left")
     for name in columns:
-        table.add_column(SHORT_TITLES.get(name, name), justify="right", min_width=WIDTHS.get(name, len(name)))
+        table.add_column(SHORT_TITLES.get(name, name), justify="right")
     table.columns[-1].justify = "left"
     return table
 
