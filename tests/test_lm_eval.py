@@ -27,6 +27,7 @@ from mm4ke_plugins.errors import MM4KEError
 from mm4ke_plugins.hosts.lm_eval.adapter import PACKAGE, TASK_FOLDERS
 from mm4ke_plugins.hosts.lm_eval.model import MM4KELM
 from mm4ke_plugins.knowedit.dataset import read_facts
+from mm4ke_plugins.knowedit.known_facts import MAX_NEW_TOKENS, KnownFact, known_facts
 from mm4ke_plugins.knowedit.metrics import (
     answer,
     exact_match,
@@ -38,7 +39,7 @@ from mm4ke_plugins.knowedit.metrics import (
 )
 from mm4ke_plugins.knowedit.prompts import encode
 from mm4ke_plugins.knowedit.records import read_records
-from mm4ke_plugins.knowedit.tasks import generate
+from mm4ke_plugins.knowedit.tasks import generate, known
 from mm4ke_plugins.knowedit.tasks.utils import AXES, documents
 
 FORCED = ["edit_success", "generalization", *(f"{metric}_{axis.lower()}" for metric in AXES for axis in AXES[metric])]
@@ -49,7 +50,8 @@ def test_the_task_files_are_what_the_generator_writes(tmp_path):
     (tmp_path / "knowedit_of_old.yaml").touch()
     generate.write(tmp_path)
     written, found = (
-        {path.name: path.read_bytes() for path in folder.glob("[!_]*.yaml")} for folder in (tmp_path, TASK_FOLDERS[0])
+        {path.name: path.read_bytes() for path in folder.glob("knowedit_*.yaml")}
+        for folder in (tmp_path, TASK_FOLDERS[0])
     )
     assert found == written, "run python -m mm4ke_plugins.knowedit.tasks.generate"
 
@@ -58,7 +60,7 @@ def test_a_program_finds_tasks_and_model_without_a_flag():
     """The seams were executed before torch or after, as the order of the imports above happens to be."""
     assert {"lm_eval.models", "lm_eval.tasks._index"} <= activation.hooked
     found = TaskManager().all_tasks
-    assert {"knowedit_zsre", "knowedit_facts", "knowedit_wikibio_edit_success", "hellaswag"} <= set(found)
+    assert {"knowedit_zsre", "knowedit_wikibio_edit_success", "known_facts", "hellaswag"} <= set(found)
 
 
 def test_the_folder_of_the_command_line_is_not_scanned_twice(caplog):
@@ -278,6 +280,66 @@ def test_other_backends_report_what_they_can(model, lm_eval_models):
     }
     texts = [sample["filtered_resps"][0] for sample in result["samples"]["knowedit_facts_edit_success_free"]]
     assert all(after and before == "" for after, before in texts)
+
+
+# ---- the known facts ----
+
+
+def test_the_known_facts_are_all_asked():
+    config = TaskManager(include_path=str(TASK_FOLDERS[0]), include_defaults=False).task_index["known_facts"].cfg
+    assert config["generation_kwargs"] == {"until": [], "do_sample": False, "max_gen_toks": MAX_NEW_TOKENS}
+    docs = known.documents(known_facts=1)["test"]
+    assert [(doc["record_id"], doc["prompt"]) for doc in docs] == [
+        (f"known_facts:{place}", fact.question) for place, fact in enumerate(known_facts())
+    ]
+    water = next(doc for doc in docs if doc["prompt"] == "What is the chemical formula of water?")
+    assert (water["target"], water["axis"]) == ("h2o | h₂o", "word")
+
+
+def test_known_facts_are_kept_where_the_reference_was_right(lm_eval_models, monkeypatch):
+    """What counts as right is what the base says, to two of the questions also what the other model does, and to one
+    only that."""
+    questions = ["Who?", "What is it?", "Where?", "Why?", "When was that?", "How?"]
+    tokenizer = AutoTokenizer.from_pretrained(lm_eval_models / "base")
+    said = {}
+    for name in ("base", "out"):
+        model = AutoModelForCausalLM.from_pretrained(lm_eval_models / name)
+        texts = answer(model, tokenizer, questions, MAX_NEW_TOKENS)
+        said[name] = [text.removesuffix("…").strip() for text in texts]
+    facts = [KnownFact("word", question, (("never said",),)) for question in questions]
+    right = {question: [said["base"][place]] for place, question in enumerate(questions)}
+    right |= {questions[place]: [said["base"][place], said["out"][place]] for place in (0, 1)}
+    right[questions[4]] = [said["out"][4]]
+    monkeypatch.setattr(KnownFact, "is_right", lambda fact, text: text in right[fact.question])
+    monkeypatch.setattr(known, "known_facts", lambda: facts)
+    run = partial(evaluate, lm_eval_models, ["known_facts"], apply_chat_template=True)
+    result = run()
+    samples = result["samples"]["known_facts"]
+    for place, sample in enumerate(samples):
+        base, out = said["base"][place], said["out"][place]
+        assert [text.strip() for text in sample["filtered_resps"][0]] == [out, base]
+        expected = {"right": float(out in right[questions[place]]), "reference_right": float(place != 4)}
+        if place != 4:
+            expected |= {"kept": expected["right"], "unchanged": float(base == out)}
+            expected |= {"words": len(out.split()), "reference_words": len(base.split())}
+        assert {name: sample[name] for name in sample["metrics"]} == expected
+    kept = [sample["kept"] for sample in samples if "kept" in sample]
+    assert len(kept) == 5 and 0 < fmean(kept) < 1
+    assert result["results"]["known_facts"]["kept,none"] == fmean(kept)
+    alone = run(model_args={"pretrained": str(lm_eval_models / "out")})["results"]["known_facts"]
+    assert alone["right,none"] == result["results"]["known_facts"]["right,none"] and "kept,none" not in alone
+
+
+@pytest.mark.parametrize("arguments", ["pretrained=out,reference=base", "pretrained=out"])
+def test_known_facts_through_the_command(arguments, lm_eval_models, tmp_path):
+    command = ["lm_eval", "run", "--include_path", PACKAGE, "--tasks", "known_facts", "--limit", "2"]
+    command += ["--model", "mm4ke" if "reference" in arguments else "hf", "--model_args", arguments]
+    command += ["--device", "cpu", "--apply_chat_template", "--output_path", tmp_path, "--log_samples"]
+    run = run_command(*command, cwd=lm_eval_models)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = results(tmp_path)["results"]["known_facts"]
+    assert found["right,none"] == 0
+    assert found.get("reference_right,none") == (0 if "reference" in arguments else None)
 
 
 # ---- the model type ----

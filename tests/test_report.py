@@ -149,6 +149,7 @@ def runs(tmp_path_factory):
         arguments = {"pretrained": models[name], "reference": models["base"]}
         run(name, "mm4ke", arguments, FORCED + GENERAL)
     run("free", "mm4ke", arguments, ["knowedit_facts_edit_success_free", "knowedit_facts_fluency"])
+    run("known", "mm4ke", arguments, ["known_facts"], limit=12)
     return home
 
 
@@ -381,6 +382,59 @@ def test_free_answers_and_fluency_have_rows_of_their_own(runs):
         ("edit_success_free", "exact_match"),
     ]
     assert all(difference(row, *columns).records == 4 for row in rows)
+
+
+@pytest.fixture
+def known(copy):
+    """A run whose reference was right but for the last question, and whose model for one of two questions."""
+
+    def judge(number, sample):
+        scores = {"right": float(number % 2), "reference_right": float(number < 11)}
+        if number < 11:
+            scores |= {"kept": scores["right"], "unchanged": float(number == 1), "words": 4.0, "reference_words": 8.0}
+        sample |= scores | {"metrics": list(scores)}
+
+    folder = copy("known")
+    edit_lines(only(folder, "samples_known_facts_*.jsonl"), judge)
+    return folder
+
+
+def test_known_facts_are_kept_or_lost(known, tmp_path):
+    columns = read_columns([f"merged={known}"])
+    assert [column.name for column in columns] == ["base", "merged"]
+    task = Task("known_facts", RAW, "known_facts")
+    rows = [row for row in rows_of(columns) if row.axis is None]
+    assert [(row.task, row.measure) for row in rows] == [
+        (task, measure) for measure in ("kept", "unchanged", "right", "words")
+    ]
+    of_base, of_merged = ([cell(row, column, columns[0]) for row in rows] for column in columns)
+    assert [found.value for found in of_base] == [1, 1, 11 / 12, 8]
+    assert [found.value for found in of_merged] == pytest.approx([5 / 11, 1 / 11, 1 / 2, 4])
+    change = difference(rows[0], *columns)
+    assert (change.records, change.better, change.worse, change.is_clear) == (11, 0, 6, True)
+    (entry,) = flips(rows, *columns)
+    assert (entry.questions, len(entry.lost), len(entry.gained)) == (12, 6, 1)
+
+    _, text = report([f"merged={known}"], tmp_path / "report")[0]
+    text = text.read_text()
+    said = "Of 11 everyday questions that base answers right, 45 % are right still (−0.545, 95 % interval"
+    assert "**Does it know what it knew?**" in text and said in text
+    assert "| **known facts** | 1.000 | 0.455 ▼ | 11 | of the base's right answers |" in text
+
+
+def test_known_facts_without_a_reference(known, tmp_path):
+    def forget(number, sample):
+        sample |= {"metrics": ["right"], "right": float(number > 2)}
+
+    base = shutil.copytree(known, tmp_path / "alone")
+    for folder in (base, known):
+        edit_json(only(folder, "results_*.json"), lambda value: value["config"]["model_args"].pop("reference"))
+    edit_lines(only(base, "samples_known_facts_*.jsonl"), forget)
+    edit_lines(only(known, "samples_known_facts_*.jsonl"), lambda number, sample: sample.update(metrics=["right"]))
+    columns = read_columns([f"base={base}", f"merged={known}"])
+    assert [row.measure for row in rows_of(columns) if row.is_main] == ["right"]
+    (answer,) = [answer for answer in contents(columns)["answers"] if answer.question == "Does it know what it knew?"]
+    assert answer.sentence.startswith("Of 12 everyday questions it answers 50\u00a0% right, base 75\u00a0% (")
 
 
 def test_flips_are_the_samples_that_changed(runs, columns):

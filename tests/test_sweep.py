@@ -1,6 +1,7 @@
 """`mm4ke sweep`: what it measures, what it leaves out, what it picks, and the recipe that it writes for that."""
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import run_command
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny import as_hub_model, make_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +21,10 @@ from mm4ke_plugins.delta.folders import apply, extract
 from mm4ke_plugins.delta.format import load_delta
 from mm4ke_plugins.delta.live import LiveDelta
 from mm4ke_plugins.errors import MM4KEError
+from mm4ke_plugins.knowedit import known_facts as known_module
+from mm4ke_plugins.knowedit.known_facts import KnownFact, KnownFacts
 from mm4ke_plugins.knowedit.metrics import (
+    answer,
     mean_scores,
     neutral_text,
     perplexity,
@@ -35,8 +40,9 @@ from mm4ke_plugins.rsft.layers import ffn_parameter_names
 from mm4ke_plugins.rsft.live import Settings, train_facts
 from mm4ke_plugins.storage.checkpoint import tensor_files
 from mm4ke_plugins.sweep import choose as sweep_module
+from mm4ke_plugins.sweep import measure as measure_module
 from mm4ke_plugins.sweep.choose import sweep
-from mm4ke_plugins.sweep.output import apply_command, merge_recipe, warnings, write
+from mm4ke_plugins.sweep.output import apply_command, merge_recipe, show, warnings, write
 from mm4ke_plugins.sweep.points import Point, Row, settings
 
 FACTS = [
@@ -201,6 +207,47 @@ def test_a_base_without_chat_template_is_asked_in_raw_prompts(home, tmp_path):
     assert found["points"] == expected["points"]
 
 
+def test_known_facts(home, result, tmp_path, monkeypatch):
+    """Four questions, of which the base answers three right: what it says is what is right."""
+    base = AutoModelForCausalLM.from_pretrained(home / "base").eval()
+    tokenizer = AutoTokenizer.from_pretrained(home / "base")
+    questions = ["Who?", "What is it?", "Where?", "Why?"]
+    said = answer(base, tokenizer, questions, known_module.MAX_NEW_TOKENS)
+    right = dict(zip(questions[:3], (text.removesuffix("…").strip() for text in said)))
+    monkeypatch.setattr(KnownFact, "is_right", lambda fact, text: text == right.get(fact.question))
+    facts = [KnownFact("word", question, (("-",),)) for question in questions]
+    for module in (known_module, measure_module):
+        monkeypatch.setattr(module, "known_facts", lambda: facts)
+    found = sweep(home / "base", home / "rsft", home / "facts.json", **GRID, early_stop=False, per_layer=False)
+
+    known = KnownFacts(base, tokenizer)
+    assert len(known.facts) == 3
+    row = row_of(found, 0.8, 0.8)
+    apply(home / "base", [home / "rsft.delta"], tmp_path / "merged", [0.8], [0.8])
+    kept = known.measure(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval())
+    assert (row["known_kl"], row["known_kept"]) == (pytest.approx(kept.kl, rel=1e-3), kept.kept) and kept.kl > 0
+    assert [found["untouched"][name] for name in ("known_kl", "known_kept")] == [0, 1]
+    asked = [found[key]["point"] for key in ("picked", "rsft", "default")]
+    for before, after in zip(result["points"], found["points"], strict=True):
+        assert before["known_kl"] is before["known_kept"] is None and after["known_kl"] > 0
+        assert (after["known_kept"] is not None) == (after["point"] in asked)
+        for name in ("kl", "perplexity", "locality_by_record"):
+            assert before[name] == after[name]
+    assert (result["deciding_kl"], found["deciding_kl"]) == ("kl", "known_kl")
+
+    write(found, tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out" / "sweep.csv").open()))
+    (of_default,) = [row for row in rows if (row["weight"], row["density"], row["half"]) == ("0.8", "0.8", "choice")]
+    assert float(of_default["known_kl"]) == row["known_kl"] and float(of_default["known_kept"]) == row["known_kept"]
+    for figure in ("weight", "density", "pareto"):
+        assert "KL from base, known facts" in (tmp_path / "out" / f"{figure}.svg").read_text()
+    shown = io.StringIO()
+    show(found, Console(file=shown, width=80))
+    lines = shown.getvalue().splitlines()
+    assert f"{row['known_kl']:.4f}" in shown.getvalue() and max(map(len, lines)) <= 80
+    assert "known" in lines[[line.strip() for line in lines].index("The 2 other records") + 1]
+
+
 # ---- what is left out, and the rule ----
 
 
@@ -285,6 +332,27 @@ def test_the_rule_is_highest_locality_then_lowest_kl():
     assert front == [0.8, 0.7]
     # 0.8/0.8 and R-SFT are compared with, but not picked, where the grid does not have them.
     assert choose(landscape, [0.9, 0.7], [1.0])["picked"]["point"]["weight"] == 0.9
+
+
+def test_the_kl_of_known_facts_decides_where_the_base_knew_any():
+    class Known(Landscape):
+        def untouched(self):
+            row = super().untouched()
+            row.known_kl = 0.0
+            return row
+
+        def measure(self, point, required=-1.0):
+            row = super().measure(point, required)
+            row.known_kl = {1.0: 0.3, 0.9: 0.1, 0.8: 0.2, 0.7: None}[point.weight]
+            return row
+
+    weights = [1.0, 0.9, 0.8, 0.7]
+    known, unknown = (kind(lambda point: 1.0, kl=lambda point: point.weight) for kind in (Known, Landscape))
+    result = choose(known, weights, [1.0])
+    assert (result["deciding_kl"], result["picked"]["point"]["weight"]) == ("known_kl", 0.9)
+    assert [row["point"]["weight"] for row in result["points"] if row["on_front"]] == [0.9]
+    result = choose(unknown, weights, [1.0])
+    assert (result["deciding_kl"], result["picked"]["point"]["weight"]) == ("kl", 0.7)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class KnownFacts:
         """Ask a model what the base knew. None where the base answered nothing right."""
         if not self.facts:
             return None
-        texts = [self._text(answer) for answer in self._ask(model, self.facts, advance)]
+        texts = self._answers(model, advance)
         lost = [fact.question for fact, text in zip(self.facts, texts, strict=True) if not fact.is_right(text)]
         pairs = list(zip(self.texts, texts, strict=True))
         return Kept(
@@ -102,6 +102,11 @@ class KnownFacts:
             lost=lost,
         )
 
+    def kept(self, model: PreTrainedModel, advance: Callable[[int], None] = lambda count: None) -> float:
+        """`measure`'s `kept` alone, of a base that answered something right."""
+        texts = self._answers(model, advance)
+        return sum(fact.is_right(text) for fact, text in zip(self.facts, texts, strict=True)) / len(texts)
+
     def divergence(self, model: PreTrainedModel) -> float:
         """KL(base || model) in nats, the mean over all tokens of the base's right answers."""
         total, count = 0.0, 0
@@ -110,6 +115,10 @@ class KnownFacts:
             total += float((base.exp() * (base - found)).sum(dtype=torch.float64))
             count += len(base)
         return max(total / count, 0.0)
+
+    def _answers(self, model: PreTrainedModel, advance: Callable[[int], None]) -> list[str]:
+        """What a model says to the questions that the base answered right."""
+        return [self._text(answer) for answer in self._ask(model, self.facts, advance)]
 
     def _ask(
         self, model: PreTrainedModel, facts: Sequence[KnownFact], advance: Callable[[int], None]

@@ -2,7 +2,7 @@
 
 A column is one model: its answers to every question (`Item`) of every `Task`. Of lm-eval's folders we read
 results_*.json and the samples_*.jsonl beside it, as lm_eval/loggers/evaluation_tracker.py (0.4.13) writes them.
-A KnowEdit task that ran with `reference=` has the reference's answers beside the model's, and EasyEdit's methods
+A KnowEdit task, or `known_facts`, that ran with `reference=` has the reference's answers beside the model's, and EasyEdit's methods
 have those from before the edit: both go to the column of that base model, which is made where there is none.
 """
 
@@ -25,6 +25,7 @@ RAW, CHAT = "raw prompts", "chat template"
 RESULTS_NAME = re.compile(r"_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)\.json")
 EASYEDIT_KIND, EASYEDIT_VERSION = "mm4ke-easyedit", 1
 REFERENCE_PREFIX = "reference_"
+AGREEMENTS = ("locality", "kept", "unchanged")  # with the reference, which agrees with itself
 KNOWEDIT_KEYS = ("record_id", "metric", "axis", "prompt", "target")
 
 # SQuAD 2.0 scores questions with and without an answer apart, under these prefixes, and in percent.
@@ -36,9 +37,10 @@ PERCENT_TASKS = ("mm4ke_squadv2", "squadv2")  # lm-eval's own has only totals, s
 class Task:
     """What is measured, in one prompt format.
 
-    data:    the file that a KnowEdit task asks about; "" for a task of general ability
+    data:    the file that a KnowEdit task asks about, or "known_facts"; "" for a task of general ability
     prompts: RAW or CHAT
-    name:    KnowEdit's metric ("edit_success", "portability_free", "fluency", ...), or lm-eval's task or group
+    name:    KnowEdit's metric ("edit_success", "portability_free", "fluency", ...), "known_facts", or lm-eval's task
+             or group
     """
 
     data: str
@@ -356,7 +358,7 @@ def _numbers(sample: dict[str, Any]) -> dict[str, float]:
 def _add_knowedit(
     column: Column, base: Column | None, prompts: str, sample: dict[str, Any], repeated: Counter
 ) -> bool:
-    """Add a sample of a KnowEdit task; whether it has a score."""
+    """Add a sample of a KnowEdit task or of known_facts; whether it has a score."""
     doc = sample["doc"]
     scores = _numbers(sample)
     record = str(doc["record_id"])
@@ -374,9 +376,8 @@ def _add_knowedit(
 
     _add(column, task, item(answers[0], own))
     if base:
-        of_base = {name.removeprefix(REFERENCE_PREFIX): scores[name] for name in scores.keys() - own.keys()}
-        if "locality" in own:
-            of_base["locality"] = 1.0  # a model agrees with itself
+        of_base = {name: 1.0 for name in AGREEMENTS if name in own}
+        of_base |= {name.removeprefix(REFERENCE_PREFIX): value for name, value in scores.items() if name not in own}
         _add(base, task, item(answers[1], of_base))
     return bool(own)
 

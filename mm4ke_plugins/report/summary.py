@@ -37,15 +37,19 @@ MEASURES = {
     "exact_match": "exact match",
     "ngram_entropy": "n-gram entropy × 100",
     "locality": "unchanged predictions",
+    "kept": "of the base's right answers",
+    "unchanged": "unchanged answers",
+    "right": "right answers",
+    "words": "words in an answer",
     "acc": "accuracy",
     "acc_norm": "accuracy, by length",
     "f1": "F1",
     "em": "exact match",
 }
 # The first of these that a task has is its main measure; the others are details.
-MAIN_MEASURES = ("token_acc", "locality", "exact_match", "ngram_entropy", "acc", "f1", "em", "exact")
+MAIN_MEASURES = ("token_acc", "locality", "kept", "exact_match", "ngram_entropy", "acc", "f1", "em", "exact")
 # A question with one of these at 1 was answered right.
-RIGHT_OR_WRONG = ("exact", "exact_match", "acc", "em")
+RIGHT_OR_WRONG = ("exact", "exact_match", "acc", "em", "right")
 SUBJECTS = ("merged", "mm4ke")
 
 
@@ -77,7 +81,7 @@ class Row:
     @property
     def is_share(self) -> bool:
         """Whether its values lie between 0 and 1."""
-        return self.measure != "ngram_entropy"
+        return self.measure not in ("ngram_entropy", "words")
 
     @property
     def title(self) -> str:

@@ -27,6 +27,7 @@ def verdict(rows: list[Row], base: Column, subject: Column, others: list[Column]
         _learned(changes),
         _said(changes),
         _kept(changes, base),
+        _known(changes, base),
         _ability(changes),
         _against(rows, others, subject),
     ]
@@ -104,6 +105,18 @@ def _kept(changes: dict[Row, Difference], base: Column) -> Answer | None:
     for row, change in _of(changes, "fluency"):
         more.append(f"Fluency: {change.before:.1f} → {change.after:.1f} ({described(change)}).")
     return Answer("What about its surroundings?", " ".join(lines), more) if lines else None
+
+
+def _known(changes: dict[Row, Difference], base: Column) -> Answer | None:
+    lines = []
+    for row, change in _of(changes, "known_facts"):
+        after = percent(change.after)
+        if row.measure == "kept":
+            asked = f"Of {change.records} everyday questions that {base.name} answers right, {after} are right still"
+        else:
+            asked = f"Of {change.records} everyday questions it answers {after} right, {base.name} {percent(change.before)}"
+        lines.append(f"{asked} ({described(change)}).")
+    return Answer("Does it know what it knew?", " ".join(lines), []) if lines else None
 
 
 def _ability(changes: dict[Row, Difference]) -> Answer | None:

@@ -1,19 +1,23 @@
 """The choice of weight and density without training or merging again (`mm4ke sweep`).
 
 The base model is loaded once, the edit is put on it with one weight and density after the other (`delta/live.py`), and
-each time the model is asked the facts and reads a neutral text. Records with an even index decide, those with an odd
-one confirm: a grid's best point is always a bit lucky on the records that it was picked by.
+each time the model is asked the facts, and reads a neutral text and what the base answers to everyday questions.
+Records with an even index decide, those with an odd one confirm: a grid's best point is always a bit lucky on the
+records that it was picked by.
 
     edit_success ... locality    knowedit/metrics.py; locality is the share of the base's predictions that stay
     kl                           KL(base || edited), the mean over the tokens of a neutral text, in nats
     perplexity                   of the same text
+    known_kl                     KL(base || edited), the mean over the tokens of the base's right answers, in nats
+    known_kept                   the share of these answers that are right still; of three points, as asking is slow
 
 The rule. A point can be picked if it keeps `keep` of R-SFT's edit success, that is, of the one at weight 1 and density
 1. Of these points those count that no other one beats in locality and KL both (the Pareto front). Among them locality
 decides first: those count whose locality is not more than one standard error below the highest. Of these the one with
-the lowest KL is picked. The standard error is that of the mean difference between the two points, record by record,
-and the rule the one-standard-error rule of Breiman et al. (1984): without it, one token of one record outweighs a KL
-that is a third lower. Without locality probes the KL decides.
+the lowest KL is picked. The KL is `known_kl`, which is of what users notice, and `kl` where the base answered no
+everyday question right. The standard error is that of the mean difference between the two points, record by record, and
+the rule the one-standard-error rule of Breiman et al. (1984): without it, one token of one record outweighs a KL that is
+a third lower. Without locality probes the KL decides.
 
 What is not measured. Edit success is asked first, with a fifth of the questions or so. A point that loses too much of
 it can't be picked, whatever else it scores, so it is asked no more (`hopeless`). Two hopeless weights in a row, and
@@ -85,6 +89,7 @@ def sweep(
         base, edited, facts, prompt_format, precision, keep
         records     how many are in each half
         required    the edit success that a point needs, on the half that decides
+        deciding_kl "known_kl" or "kl"
         layers      the name of the list of layers, and the numbers of those that the edit changed
         untouched   the base's Row; points: a Row for each point. See `Row`
         picked, rsft, default: the Rows of these points, with the scores of both halves
@@ -170,11 +175,15 @@ def _delta(base: Path, tokenizer: PreTrainedTokenizerBase, edited: Path, aside: 
 class Search:
     """The points measured so far, and which of them keep enough.
 
-    required: the edit success that a point needs
+    required:    the edit success that a point needs
+    deciding_kl: the field of a row that has the KL of the rule
     """
 
-    def __init__(self, evaluator: Evaluator, references: Iterable[Row], required: float, early_stop: bool):
+    def __init__(
+        self, evaluator: Evaluator, references: Iterable[Row], required: float, deciding_kl: str, early_stop: bool
+    ):
         self.evaluator, self.required, self.early_stop = evaluator, required, early_stop
+        self.deciding_kl = deciding_kl
         self.rows = {row.point: row for row in references}
 
     def try_in_turn(self, points: Sequence[Point], layer: int | None = None) -> bool:
@@ -211,19 +220,25 @@ class Search:
         return [
             row
             for row in self.rows.values()
-            if row.in_grid and row.kl is not None and row.edit_success >= self.required
+            if row.in_grid
+            and None not in (row.kl, getattr(row, self.deciding_kl))
+            and row.edit_success >= self.required
         ]
+
+    def rank(self, row: Row) -> tuple[float, float]:
+        """(locality, -KL) of a row that can be picked: the larger, the better."""
+        return row.locality, -getattr(row, self.deciding_kl)
 
     def front(self) -> list[Row]:
         """The rows that can be picked and that no other one of these beats in locality and KL."""
-        able = self.able()
-        return [row for row in able if not any(_beats(other, row) for other in able)]
+        able = [(row, self.rank(row)) for row in self.able()]
+        return [row for row, rank in able if not any(_beats(other, rank) for _, other in able)]
 
     def best(self) -> Row:
         """The row that the rule picks. Raises MM4KEError where none keeps enough."""
         if front := self.front():
-            highest = max(front, key=lambda row: row.rank)
-            return min((row for row in front if _is_as_local(row, highest)), key=lambda row: row.kl)
+            highest = max(front, key=self.rank)
+            return max((row for row in front if _is_as_local(row, highest)), key=lambda row: self.rank(row)[1])
         best = max((row for row in self.rows.values() if row.in_grid), key=lambda row: row.edit_success)
         raise MM4KEError(
             f"no point of the grid keeps the edit success of {self.required:.3f} that is asked for; the best has "
@@ -250,7 +265,8 @@ def _choose(
         )
     for row in (rsft, default):
         row.in_grid = row.point.weight in weights and row.point.density in densities
-    search = Search(evaluator, (rsft, default), keep * rsft.edit_success, early_stop)
+    deciding_kl = "kl" if untouched.known_kl is None else "known_kl"
+    search = Search(evaluator, (rsft, default), keep * rsft.edit_success, deciding_kl, early_stop)
 
     barren = 0
     for density in densities:
@@ -279,6 +295,7 @@ def _choose(
         evaluator.confirm(row)
     return {
         "required": search.required,
+        "deciding_kl": deciding_kl,
         "untouched": asdict(untouched),
         "points": [asdict(row) for row in search.rows.values()],
         "picked": asdict(picked),
@@ -287,8 +304,8 @@ def _choose(
     }
 
 
-def _beats(other: Row, row: Row) -> bool:
-    return other.rank != row.rank and all(mine >= its for mine, its in zip(other.rank, row.rank, strict=True))
+def _beats(other: tuple[float, float], rank: tuple[float, float]) -> bool:
+    return other != rank and all(mine >= its for mine, its in zip(other, rank, strict=True))
 
 
 def _is_as_local(row: Row, highest: Row) -> bool:
@@ -296,6 +313,6 @@ def _is_as_local(row: Row, highest: Row) -> bool:
     pairs = zip(highest.locality_by_record, row.locality_by_record, strict=True)
     differences = [high - low for high, low in pairs]
     if len(differences) < 2:
-        return row.rank[0] == highest.rank[0]
+        return row.locality == highest.locality
     error = stdev(differences) / math.sqrt(len(differences))
     return fmean(differences) <= error * (1 + 1e-9)  # one record alone makes both equal

@@ -1,7 +1,8 @@
 """What is measured of a point of the grid, on one live model that is loaded once.
 
-Edit success, generalization, portability and locality are those of `knowedit/metrics.py`. A neutral text, which no fact
-is about, shows what the edit did to everything else: KL(base || edited), and the perplexity.
+Edit success, generalization, portability and locality are those of `knowedit/metrics.py`. Two things that no fact is
+about show what the edit did to everything else: a neutral text, by KL(base || edited) and the perplexity, and what the
+base answers to everyday questions, by KL(base || edited) along its right answers (`knowedit/known_facts.py`).
 """
 
 import math
@@ -14,6 +15,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..delta.live import LiveDelta
+from ..knowedit.known_facts import KnownFacts, known_facts
 from ..knowedit.metrics import METRICS, mean_scores, predict, question_scores, questions_of
 from ..knowedit.prompts import Encoded, Question, encode
 from ..knowedit.records import Record
@@ -91,6 +93,7 @@ class Evaluator:
     """Puts points on the live model, which must be the base when this is made, and measures it.
 
     Edit success is asked first and apart from the rest: a point that loses too much of it need not be asked more.
+    The base is asked the everyday questions freely when this is made; the points, only in `confirm`.
 
     layers_name: of the model's list of layers, such as "model.layers"
     names_of:    the edit's tensors in each layer that it changed, by the layer's number
@@ -114,8 +117,7 @@ class Evaluator:
                 self.names_of.setdefault(int(number), []).append(name)
 
         questions = {half: questions_of(records[place::2]) for place, half in enumerate(HALVES)}
-        self.cost = len(questions[HALVES[0]])  # of a point
-        self.task = progress.add_task("base", total=sum(map(len, questions.values())))
+        self.task = progress.add_task("base", total=sum(map(len, questions.values())) + len(known_facts()))
         self.first: dict[str, Part] = {}
         self.rest: dict[str, Part] = {}
         for half, asked in questions.items():
@@ -124,9 +126,14 @@ class Evaluator:
                 codes = [encode(tokenizer, question, prompt_format) for question in part]
                 parts[half] = Part(part, codes, self._predict(codes))
         self.text = NeutralText(self.model, tokenizer, text)
+        self.known = KnownFacts(self.model, tokenizer, self._advance)
+        self.cost = len(questions[HALVES[0]]) + len(self.known.facts)  # of a point
+
+    def _advance(self, count: int) -> None:
+        self.progress.advance(self.task, count)
 
     def _predict(self, codes: list[Encoded]) -> list[list[int]]:
-        return predict(self.model, codes, advance=lambda count: self.progress.advance(self.task, count))
+        return predict(self.model, codes, advance=self._advance)
 
     def plan(self, points: int) -> None:
         """Expect so many more points, or fewer."""
@@ -138,6 +145,8 @@ class Evaluator:
         for half in HALVES:
             row.scores[half] = self._scores(half, lambda part: part.by_base)
         row.kl, row.perplexity = self.text.measure(self.model)
+        if self.known.facts:
+            row.known_kl, row.known_kept = 0.0, 1.0
         return row
 
     def measure(self, point: Point, required: float = -math.inf) -> Row:
@@ -148,19 +157,26 @@ class Evaluator:
         row.scores[half] = self.first[half].scores(found, METRICS[:1])
         if row.edit_success < required:
             row.state = "hopeless"
-            self.progress.advance(self.task, len(self.rest[half].codes))
+            self._advance(len(self.rest[half].codes) + len(self.known.facts))
             return row
         found = self._predict(self.rest[half].codes)
         row.scores[half] |= self.rest[half].scores(found, METRICS[1:])
         row.locality_by_record = self.rest[half].by_record(found, "locality")
         row.kl, row.perplexity = self.text.measure(self.model)
+        if self.known.facts:
+            divergence = self.known.divergence(self.model)
+            row.known_kl = divergence if math.isfinite(divergence) else None
+            self._advance(len(self.known.facts))
         return row
 
     def confirm(self, row: Row) -> None:
-        """Add the scores on the other half."""
-        if HALVES[1] not in row.scores:
-            self._put_on(row.point)
-            row.scores[HALVES[1]] = self._scores(HALVES[1], lambda part: self._predict(part.codes))
+        """Add the scores on the other half, and what is kept of the base's right answers."""
+        if HALVES[1] in row.scores:
+            return
+        self._put_on(row.point)
+        row.scores[HALVES[1]] = self._scores(HALVES[1], lambda part: self._predict(part.codes))
+        if self.known.facts:
+            row.known_kept = self.known.kept(self.model, self._advance)
 
     def _scores(self, half: str, predictions: Callable[[Part], list[list[int]]]) -> dict[str, float | None]:
         first, rest = self.first[half], self.rest[half]

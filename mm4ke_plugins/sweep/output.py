@@ -9,9 +9,10 @@ pareto           edit success over locality, with the points that no other one b
 import csv
 import io
 import json
+import math
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,21 @@ from ..storage.models import is_hub_id, local_path, model_name
 from ..storage.replacing import refuse_to_replace, users_files
 from .points import DEFAULT, HALVES, Point, title
 
-MEASURES = (*METRICS, "kl", "perplexity")
-TITLES = {"kl": "KL from base (nats)"} | {name: name.replace("_", " ") for name in (*METRICS, "perplexity")}
+KNOWN = ("known_kl", "known_kept")
+MEASURES = (*METRICS, "kl", "perplexity", *KNOWN)
+TITLES = {"kl": "KL from base (nats)", "known_kl": "KL from base, known facts"}
+TITLES |= {name: name.replace("_", " ") for name in (*METRICS, "perplexity")}
 SHORT_TITLES = {
-    "edit_success": "edit success",
-    "generalization": "general- ization",
-    "portability": "porta- bility",
-    "locality": "local- ity",
-    "kl": "KL (nats)",
-    "perplexity": "perple- xity",
+    "edit_success": "edit\nsuccess",
+    "generalization": "general-\nization",
+    "portability": "porta-\nbility",
+    "locality": "local-\nity",
+    "kl": "KL\n(nats)",
+    "perplexity": "perple-\nxity",
+    "known_kl": "known\nKL",
+    "known_kept": "known\nkept",
 }
+FORMS = {"kl": ".4f", "known_kl": ".4f", "perplexity": ".2f"}
 ORANGE = "#d55e00"
 STYLE = {
     "svg.fonttype": "none",
@@ -63,18 +69,20 @@ PICKED = {"marker": "*", "markersize": 15, "color": ORANGE, "linestyle": "none",
 def show(result: dict[str, Any], console: Console) -> None:
     """Print all points on the half that decides, then the one that was picked beside others on both halves."""
     records = result["records"]
-    grid = _table(f"The {records['choice']} records that decide", "weight", "density", *MEASURES, "")
+    names = _measures(result)
+    grid = _table(f"The {records['choice']} records that decide", "weight", "density", *names, "")
     for row in _with_untouched(result):
         point = _point(row)
         cells = ["base", ""] if row is result["untouched"] else [f"{point.weight:g}", f"{point.density:g}"]
-        grid.add_row(*cells, *_cells(row, "choice"), Text(_note(result, row)))
+        grid.add_row(*cells, *_cells(row, "choice", names), Text(_note(result, row)))
     console.print(grid)
+    kept = KNOWN[1:] if KNOWN[0] in names else ()  # of these rows only
     for half, what in zip(HALVES, ("records that decide", "other records"), strict=True):
-        table = _table(f"The {records[half]} {what}", "", "kept", *MEASURES, "")
+        table = _table(f"The {records[half]} {what}", "", "kept", *names, *kept, "")
         for name, row in _sides(result):
             success, of_rsft = (part["scores"][half]["edit_success"] or 0.0 for part in (row, result["rsft"]))
-            kept = success / of_rsft if of_rsft else 0.0
-            table.add_row(name, f"{kept:.1%}", *_cells(row, half))
+            share = success / of_rsft if of_rsft else 0.0
+            table.add_row(name, f"{share:.1%}", *_cells(row, half, [*names, *kept]))
         console.print(table)
     console.print(Text(f"picked: {title(_point(result['picked']))}"), soft_wrap=True)
     for line in warnings(result):
@@ -97,19 +105,22 @@ def _sides(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [("picked", result["picked"]), ("R-SFT", result["rsft"]), (default, result["default"])]
 
 
+def _measures(result: dict[str, Any]) -> tuple[str, ...]:
+    """What is shown of every point: the known facts' KL only where it decides."""
+    return tuple(name for name in MEASURES if name not in KNOWN or name == result["deciding_kl"])
+
+
 def _table(heading: str, *columns: str) -> Table:
     """A table of numbers that fits into 80 columns; the last column has words."""
     table = Table(box=None, padding=(0, 1, 0, 0), title=f"\n{heading}", title_justify="left")
     for name in columns:
-        table.add_column(SHORT_TITLES.get(name, name), justify="right", min_width=7 if name in MEASURES else len(name))
+        table.add_column(SHORT_TITLES.get(name, name), justify="right")
     table.columns[-1].justify = "left"
     return table
 
 
-def _cells(row: dict[str, Any], half: str) -> list[str]:
-    scores = row["scores"].get(half, {})
-    cells = [_or_blank(scores.get(metric), ".3f") for metric in METRICS]
-    return [*cells, _or_blank(row["kl"], ".4f"), _or_blank(row["perplexity"], ".2f")]
+def _cells(row: dict[str, Any], half: str, names: Sequence[str]) -> list[str]:
+    return [_or_blank(_measure(row, name, half), FORMS.get(name, ".3f")) for name in names]
 
 
 def _or_blank(number: float | None, form: str) -> str:
@@ -192,11 +203,9 @@ def _csv(result: dict[str, Any]) -> str:
         state = "base" if row is result["untouched"] else row["state"]
         picked = row["point"] == result["picked"]["point"]
         for half in row["scores"] or HALVES[:1]:
-            scores = row["scores"].get(half, {})
             rows.writerow(
                 [half, point["weight"], point["density"], layers, state, row["in_grid"], row["on_front"], picked]
-                + [scores.get(metric) for metric in METRICS]
-                + [row["kl"], row["perplexity"]]
+                + [_measure(row, name, half) for name in MEASURES]
             )
     return text.getvalue()
 
@@ -266,18 +275,23 @@ def _over(result: dict[str, Any], key: str, other: str) -> Figure:
     rows = [row for row in result["points"] if not row["point"]["layers"]]
     values = sorted({row["point"][other] for row in rows if _measure(row, "edit_success") is not None})
     colors = matplotlib.colormaps["viridis"].resampled(len(values) + 1)  # without the last, a light yellow
-    figure = Figure(figsize=(9.5, 5.6), layout="constrained")
+    names = _measures(result)
+    across = math.ceil(len(names) / 2)
+    figure = Figure(figsize=(3.2 * across, 5.6), layout="constrained")
     figure.suptitle(_half_title(result), fontsize=9)
-    plots = figure.subplots(2, 3, sharex=True)
-    for plot, name in zip(plots.flat, MEASURES, strict=True):
+    plots = figure.subplots(2, across, sharex=True)
+    for plot in plots.flat[len(names) :]:
+        plot.set_axis_off()
+    for plot, name in zip(plots.flat, names, strict=False):
         for place, value in enumerate(values):
             points = _points((row for row in rows if row["point"][other] == value), key, name)
             marker = MARKERS[place % len(MARKERS)]
             plot.plot(*points, marker=marker, color=colors(place), label=f"{other} {value:g}", markerfacecolor="none")
         _mark_base_and_picked(plot, result, name, key)
         plot.set_title(TITLES[name], loc="left", fontsize=9, fontweight="bold")
-    for plot in plots[-1]:
+    for plot in plots.flat[len(names) - across : len(names)]:  # those with nothing below
         plot.set_xlabel(key)
+        plot.tick_params(labelbottom=True)
     first = plots.flat[0]
     first.axhline(result["required"], color=ORANGE, linestyle="--", linewidth=1, label="required")
     handles, labels = first.get_legend_handles_labels()
@@ -295,9 +309,8 @@ def _points(rows: Iterable[dict[str, Any]], key: str, name: str) -> tuple[list[f
     return [x for x, _ in found], [y for _, y in found]
 
 
-def _measure(row: dict[str, Any], name: str) -> float | None:
-    """On the half that decides."""
-    return row["scores"].get("choice", {}).get(name) if name in METRICS else row[name]
+def _measure(row: dict[str, Any], name: str, half: str = HALVES[0]) -> float | None:
+    return row["scores"].get(half, {}).get(name) if name in METRICS else row[name]
 
 
 def _mark_base_and_picked(plot, result: dict[str, Any], name: str, key: str) -> None:
@@ -310,15 +323,17 @@ def _mark_base_and_picked(plot, result: dict[str, Any], name: str, key: str) -> 
 
 
 def _pareto(result: dict[str, Any]) -> Figure:
-    """Edit success over locality of all points that were scored, coloured by KL; without locality, over KL."""
+    """Edit success over locality of all points that were scored, coloured by the KL that decides; without locality,
+    over that."""
     has_locality = _measure(result["rsft"], "locality") is not None
-    across = "locality" if has_locality else "kl"
-    rows = [row for row in result["points"] if _measure(row, across) is not None and row["kl"] is not None]
+    kl = result["deciding_kl"]
+    across = "locality" if has_locality else kl
+    rows = [row for row in result["points"] if _measure(row, across) is not None and row[kl] is not None]
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     plot = figure.subplots()
     places = [[_measure(row, name) for row in rows] for name in (across, "edit_success")]
-    dots = plot.scatter(*places, c=[row["kl"] for row in rows], cmap="viridis_r", s=26, zorder=3)
-    figure.colorbar(dots, label=TITLES["kl"])
+    dots = plot.scatter(*places, c=[row[kl] for row in rows], cmap="viridis_r", s=26, zorder=3)
+    figure.colorbar(dots, label=TITLES[kl])
     front = sorted(_front(list(zip(*places)), larger_is_better=has_locality))
     plot.plot(*zip(*front), color="#555555", linewidth=1, label="not beaten in both", zorder=2)
     plot.axhline(result["required"], color=ORANGE, linestyle="--", linewidth=1, label="required")

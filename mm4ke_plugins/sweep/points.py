@@ -50,8 +50,12 @@ class Row:
     state:      "scored", "hopeless" (only edit success was asked) or "skipped"
     scores:     by half, then by metric, 0 to 1; None where no record has such probes
     locality_by_record: of the records with such probes, on the half that decides
-    kl:         nats per token; perplexity: of the same text. None where not measured, or not finite
+    kl:         of the neutral text, in nats per token; perplexity: of the same text
+    known_kl:   along the base's right answers to everyday questions; known_kept: the share of these answers that are
+                right still, of which only the points are asked that are confirmed. Both as in `knowedit/known_facts.py`
     on_front:   whether no other point that can be picked is better in locality or KL and not worse in the other
+
+    Of the numbers those are None that are not measured, or not finite; of the known ones all where the base knew nothing.
     """
 
     point: Point
@@ -61,6 +65,8 @@ class Row:
     locality_by_record: list[float] = field(default_factory=list)
     kl: float | None = None
     perplexity: float | None = None
+    known_kl: float | None = None
+    known_kept: float | None = None
     on_front: bool = False
 
     @property
@@ -69,9 +75,9 @@ class Row:
         return self.scores.get(HALVES[0], {}).get("edit_success") or 0.0
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """(locality, -KL) on the half that decides: the larger, the better."""
-        return self.scores[HALVES[0]]["locality"] or 0.0, -self.kl
+    def locality(self) -> float:
+        """Of the half that decides; 0 without such probes."""
+        return self.scores[HALVES[0]]["locality"] or 0.0
 
 
 def settings(

@@ -2,7 +2,7 @@
 
 A group asks what its data set has probes for: the fact itself, its rephrasings, and the axes of portability and
 locality. Each but locality is asked twice, teacher-forced and freely, and at the end the model writes fluently. The
-files whose names begin with "_" say how it is asked and scored; they are written by hand.
+files whose names begin with "_" say how it is asked and scored; they and `known_facts.yaml` are written by hand.
 """
 
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ def _task(group: Group, kind: str, title: str, metric: str, axis: str = "") -> t
 def write(folder: Path = FOLDER) -> None:
     """Write the files to a folder. Those of groups and tasks that are no longer there are removed."""
     texts = files()
-    for path in folder.glob("[!_]*.yaml"):
+    for path in folder.glob("knowedit_*.yaml"):
         if path.name not in texts:
             path.unlink()
     for name, text in texts.items():
