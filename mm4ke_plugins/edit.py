@@ -232,7 +232,7 @@ def _settings(model: str, layer: int) -> dict[str, object]:
             f"{option}: {what} ({first_line(error)}); give a folder or a hub id such as org/name"
         ) from None
     try:
-        ffn_parameter_names(skeleton, [layer], ["ffn"])
+        ffn_parameter_names(skeleton, [layer], ["ffn"], "subject")
     except MM4KEError as error:
         raise MM4KEError(f"{option} --layer {layer}: {error}") from None
     is_small = sum(parameter.numel() for parameter in skeleton.parameters()) < SMALL_MODEL

@@ -29,7 +29,7 @@ COMMANDS = [
 def home(tmp_path_factory):
     """A folder with facts, a model in the hub's cache, and no network."""
     home = tmp_path_factory.mktemp("user")
-    make_tiny_model(home / "model", layers=6)
+    make_tiny_model(home / "model", layers=7)
     as_hub_model(home / "model", home / "hf" / "hub")
     (home / "my facts.json").write_text(json.dumps(FACTS))
     return home
@@ -199,7 +199,7 @@ def refused(arguments, message):
         ({"model": "org/name@main"}, r"^--model org/name@main: mergekit reads"),
         ({"template": "smolm2"}, r"^--template smolm2: LLaMA-Factory knows no .*; did you mean smollm2 or smollm.*\?"),
         ({"template": "zzzzzz"}, r"^--template zzzzzz: LLaMA-Factory knows no .*; there are smollm2, qwen, llama3"),
-        ({"layer": 6}, r"^--model .*/model --layer 6: .* is out of range; LlamaForCausalLM has layers 0 to 5$"),
+        ({"layer": 7}, r"^--model .*/model --layer 7: .* is out of range; LlamaForCausalLM has layers 0 to 6$"),
     ],
 )
 def test_refusals_of_options(change, message, arguments):

@@ -17,7 +17,7 @@ from mm4ke_plugins.knowedit.prompts import chat_prompt
 from mm4ke_plugins.knowedit.records import read_records
 from mm4ke_plugins.rsft.facts import encode_fact, fact_losses, sample_of
 from mm4ke_plugins.rsft.forward import FastForward
-from mm4ke_plugins.rsft.guard import ROWS, Guard, everyday_conversations, guard_texts, swapped_questions
+from mm4ke_plugins.rsft.guard import ROWS, SWAPS, Guard, everyday_conversations, guard_texts, swapped_questions
 from mm4ke_plugins.rsft.layers import ffns_of
 from mm4ke_plugins.rsft.live import Editor
 from mm4ke_plugins.rsft.settings import Settings
@@ -153,6 +153,17 @@ def test_swapped_questions():
     assert swapped_questions(facts[:1]) == [], "with its own subject it is the fact's question"
     assert swapped_questions([("Where is A?", "A"), ("Where is B?", "B")]) == [], "these are facts themselves"
     assert swapped_questions([("Where is A?", "Nothing of it"), ("Where is B?", None)]) == []
+    several = [(f"What does {letter} do on day {day}?", letter) for day, letter in enumerate("ABCDEF")]
+    asked = swapped_questions([("Where is Oz?", "Oz"), *several])
+    assert len(asked) == 7 * SWAPS and asked[0] == "Where is A?"
+    assert [question for question in asked if "day 5" in question] == [
+        f"What does {subject} do on day 5?" for subject in ("Oz", "A", "B", "C")
+    ]
+
+
+def test_of_many_facts_not_all_questions_are_swapped():
+    asked = swapped_questions([(f"Who knows {number} of type {number % 7}?", str(number)) for number in range(900)])
+    assert 500 < len(asked) <= 1000
 
 
 TEXTS = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 6, 7, 8]]
@@ -357,6 +368,10 @@ def test_what_the_guard_keeps_and_the_subjects_belong_to_the_training(recipe, tm
     "change, message",
     [
         ({"rsft_gradient_at": "subjects"}, "rsft_gradient_at: subjects: give all or subject"),
+        (
+            {"rsft_layers": [1, 3]},
+            "rsft_layers: 3 is the last layer, .* choose a lower layer, or rsft_gradient_at: all",
+        ),
         ({"rsft_guard_weight": -1}, "rsft_guard_weight: -1: give a finite number above 0, or 0 for none"),
         ({"disable_gradient_checkpointing": False}, "disable_gradient_checkpointing: False: .* needs true"),
         ({"rsft_guard_weight": 0, "rsft_guard_file": "keep.json"}, "rsft_guard_file: keep.json: needs a guard"),

@@ -10,7 +10,7 @@ What lies below layer n is frozen, so the inputs x and the targets f0(x) are com
 then costs one pass of ROWS tokens through one FFN: no teacher, and no pass through the other layers.
 
 The guard's tokens are of everyday conversations (guard.txt), and, for facts with a subject, of the facts' questions
-with the subject of another fact: what is asked of one thing must not be answered of all things. AlphaEdit (arXiv
+with the subjects of other facts: what is asked of one thing must not be answered of all things. AlphaEdit (arXiv
 2410.02355) holds closed-form edits to the same outputs, by projecting them off the inputs' principal directions.
 """
 
@@ -27,6 +27,8 @@ from .prefix import stop_forward
 
 # How many tokens of the guard take part in one update.
 ROWS = 512
+# With how many other facts' subjects the guard asks each fact's question, and how many such questions there are at most.
+SWAPS, MOST_SWAPPED = 4, 1000
 
 
 def everyday_conversations() -> list[tuple[str, str]]:
@@ -37,17 +39,21 @@ def everyday_conversations() -> list[tuple[str, str]]:
 
 
 def swapped_questions(facts: Sequence[tuple[str, str | None]]) -> list[str]:
-    """Each fact's question with the subject of the next one; a fact is a question and its subject.
+    """Each fact's question with the subjects of the SWAPS facts after it; a fact is a question and its subject.
 
     Facts without a subject, or whose question doesn't have it, are left out, and what comes out as a fact's question.
+    Of more than MOST_SWAPPED every so many one is taken.
     """
     with_subject = [(question, subject) for question, subject in facts if subject and subject in question]
     asked = {question for question, _ in facts}
-    others = [subject for _, subject in with_subject[1:] + with_subject[:1]]
+    count = len(with_subject)
     swapped = [
-        question.replace(subject, other) for (question, subject), other in zip(with_subject, others, strict=True)
+        question.replace(subject, with_subject[(place + distance) % count][1])
+        for place, (question, subject) in enumerate(with_subject)
+        for distance in range(1, min(SWAPS, count - 1) + 1)
     ]
-    return [question for question in dict.fromkeys(swapped) if question not in asked]
+    found = [question for question in dict.fromkeys(swapped) if question not in asked]
+    return found[:: -(-len(found) // MOST_SWAPPED) or 1]
 
 
 def guard_texts(

@@ -167,7 +167,7 @@ class Editor:
         Raises MM4KEError (unknown layers or modules, a fact that is too long, an edit that is not finite) and
         FloatingPointError (a loss that is not finite); the model is then as it was before.
         """
-        names = ffn_parameter_names(model, list(settings.layers), list(settings.modules))
+        names = ffn_parameter_names(model, list(settings.layers), list(settings.modules), settings.gradient_at)
         parameters = {name: model.get_parameter(name) for name in names}
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self._recall(before)

@@ -126,7 +126,8 @@ def select_ffn_of_layers(adapter) -> None:
         if not (is_trainable and getattr(finetuning_args, "rsft", False)):
             return setup_freeze_tuning(model, finetuning_args, is_trainable, cast_trainable_params_to_fp32)
         try:
-            names = ffn_parameter_names(model, finetuning_args.rsft_layers, finetuning_args.rsft_modules)
+            layers, modules = finetuning_args.rsft_layers, finetuning_args.rsft_modules
+            names = ffn_parameter_names(model, layers, modules, finetuning_args.rsft_gradient_at)
         except MM4KEError as error:
             raise MM4KEError(f"{recipe_name()}: {error}") from None
         trained = set(names)
