@@ -82,7 +82,7 @@ def test_the_next_run_goes_on_and_shows_what_it_runs(edited, home):
 
 def test_the_recipes_fit_the_model_and_say_why(edited, home):
     text = (home / "out" / "an edit" / "rsft.yaml").read_text()
-    assert yaml.safe_load(text)["learning_rate"] == 1e-3  # of this size; the paper's is 5e-4
+    assert yaml.safe_load(text)["learning_rate"] == 2e-3  # of this size
     (reason,) = [line for line in text.splitlines() if line.startswith("learning_rate: ")]
     assert "under 1B" in reason
     (reason,) = [line for line in text.splitlines() if line.startswith("bf16: ")]
@@ -96,7 +96,7 @@ def test_again_only_what_is_missing_or_changed(edited, home):
     trained, before = load_file(model), load_file(merged)
     model.unlink()
     (folder / "rsft" / "trainer_state.json").unlink()
-    recipe = (folder / "merge.yaml").read_text().replace("weight: 0.8", "weight: 0.5  # gently")
+    recipe = (folder / "merge.yaml").read_text().replace("weight: 1.0", "weight: 0.5  # gently")
     (folder / "merge.yaml").write_text(recipe)
 
     again = run(home)
