@@ -67,16 +67,16 @@ rsft_layers: $layer   # counted from 0, as in the checkpoint's tensor names; the
 rsft_modules: ffn   # all of the FFN, or parts of it: down_proj
 rsft_steps_per_sample: 1   # K: at most so many updates in one visit of a batch of facts
 rsft_loss_threshold: 0.1   # tau: a fact under this loss (nats per token, and per token of the answer) is left alone
-per_device_train_batch_size: 4   # facts in a visit: one update trains those that are not under tau
+per_device_train_batch_size: 8   # facts in a visit: one update trains those that are not under tau
 
 ### what is spared
 rsft_gradient_at: subject   # learn at the tokens of a fact's subject, or of its question where the facts name none
 rsft_guard_weight: 30   # how strongly the FFN is held to what it was on everyday conversations; 0: not at all
 
 ### training: one step is one visit of one batch
-num_train_epochs: 40   # ends earlier after an epoch in which no fact needed an update
+num_train_epochs: 30   # ends earlier after an epoch in which no fact needed an update
 learning_rate: $rate   # $rate_reason
-lr_scheduler_type: constant
+lr_scheduler_type: cosine
 gradient_accumulation_steps: 1
 disable_shuffling: true   # visit the facts in the file's order
 disable_gradient_checkpointing: true   # it would cost a second forward for nothing: only one layer is trained
