@@ -232,7 +232,7 @@ def check_recipe(model_args, data_args, training_args, finetuning_args) -> None:
     if settings.gradient_at != "all" and not model_args.disable_gradient_checkpointing:
         refuse("disable_gradient_checkpointing", False, f"rsft_gradient_at: {settings.gradient_at} needs true")
     if finetuning_args.rsft_guard_file and not settings.guard_weight:
-        refuse("rsft_guard_file", finetuning_args.rsft_guard_file, "needs a guard; give rsft_guard_weight, such as 30")
+        refuse("rsft_guard_file", finetuning_args.rsft_guard_file, "needs a guard; give rsft_guard_weight, such as 10")
     if training_args.do_train:
         _check_model_folder(model_args.model_name_or_path, refuse)
         _check_datasets(data_args, refuse)
