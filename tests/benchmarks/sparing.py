@@ -163,12 +163,13 @@ def draw(rows: list[dict], path: Path) -> None:
     panels = (("locality", "generalization"), ("known", "free_gen"))
     titles = {"known": "known facts kept", "free_gen": "generalization, asked freely"}
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    for axes, (x, y) in zip(figure.subplots(1, 2), panels, strict=True):
+    panes = figure.subplots(1, 2)
+    for axes, (x, y) in zip(panes, panels, strict=True):
         for row in rows:
-            axes.plot(row[x], row[y], "o", color="tab:blue")
-            axes.annotate(row["name"], (row[x], row[y]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            axes.plot(row[x], row[y], "o", markersize=8, label=row["name"])
         axes.set(xlabel=titles.get(x, x), ylabel=titles.get(y, y), xlim=(0, 1.02), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
+    figure.legend(*panes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path)
 
 
