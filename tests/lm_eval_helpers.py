@@ -37,7 +37,9 @@ def evaluate(models: Path, tasks: list, model: str = "mm4ke", model_args: dict |
     return lm_eval.simple_evaluate(
         model=model,
         model_args=both(models) if model_args is None else model_args,
-        tasks=[task if isinstance(task, dict) or task == "known_facts" else f"knowedit_{task}" for task in tasks],
+        tasks=[
+            task if isinstance(task, dict) or task == "mm4ke_known_facts" else f"knowedit_{task}" for task in tasks
+        ],
         task_manager=manager,
         bootstrap_iters=0,
         **{"device": "cpu", "batch_size": 4} | options,

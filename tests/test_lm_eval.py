@@ -60,7 +60,7 @@ def test_a_program_finds_tasks_and_model_without_a_flag():
     """The seams were executed before torch or after, as the order of the imports above happens to be."""
     assert {"lm_eval.models", "lm_eval.tasks._index"} <= activation.hooked
     found = TaskManager().all_tasks
-    assert {"knowedit_zsre", "knowedit_wikibio_edit_success", "known_facts", "hellaswag"} <= set(found)
+    assert {"knowedit_zsre", "knowedit_wikibio_edit_success", "mm4ke_known_facts", "hellaswag"} <= set(found)
 
 
 def test_the_folder_of_the_command_line_is_not_scanned_twice(caplog):
@@ -286,7 +286,7 @@ def test_other_backends_report_what_they_can(model, lm_eval_models):
 
 
 def test_the_known_facts_are_all_asked():
-    config = TaskManager(include_path=str(TASK_FOLDERS[0]), include_defaults=False).task_index["known_facts"].cfg
+    config = TaskManager(include_path=str(TASK_FOLDERS[0]), include_defaults=False).task_index["mm4ke_known_facts"].cfg
     assert config["generation_kwargs"] == {"until": [], "do_sample": False, "max_gen_toks": MAX_NEW_TOKENS}
     docs = known.documents(known_facts=1)["test"]
     assert [(doc["record_id"], doc["prompt"]) for doc in docs] == [
@@ -312,9 +312,9 @@ def test_known_facts_are_kept_where_the_reference_was_right(lm_eval_models, monk
     right[questions[4]] = [said["out"][4]]
     monkeypatch.setattr(KnownFact, "is_right", lambda fact, text: text in right[fact.question])
     monkeypatch.setattr(known, "known_facts", lambda: facts)
-    run = partial(evaluate, lm_eval_models, ["known_facts"], apply_chat_template=True)
+    run = partial(evaluate, lm_eval_models, ["mm4ke_known_facts"], apply_chat_template=True)
     result = run()
-    samples = result["samples"]["known_facts"]
+    samples = result["samples"]["mm4ke_known_facts"]
     for place, sample in enumerate(samples):
         base, out = said["base"][place], said["out"][place]
         assert [text.strip() for text in sample["filtered_resps"][0]] == [out, base]
@@ -325,19 +325,19 @@ def test_known_facts_are_kept_where_the_reference_was_right(lm_eval_models, monk
         assert {name: sample[name] for name in sample["metrics"]} == expected
     kept = [sample["kept"] for sample in samples if "kept" in sample]
     assert len(kept) == 5 and 0 < fmean(kept) < 1
-    assert result["results"]["known_facts"]["kept,none"] == fmean(kept)
-    alone = run(model_args={"pretrained": str(lm_eval_models / "out")})["results"]["known_facts"]
-    assert alone["right,none"] == result["results"]["known_facts"]["right,none"] and "kept,none" not in alone
+    assert result["results"]["mm4ke_known_facts"]["kept,none"] == fmean(kept)
+    alone = run(model_args={"pretrained": str(lm_eval_models / "out")})["results"]["mm4ke_known_facts"]
+    assert alone["right,none"] == result["results"]["mm4ke_known_facts"]["right,none"] and "kept,none" not in alone
 
 
 @pytest.mark.parametrize("arguments", ["pretrained=out,reference=base", "pretrained=out"])
 def test_known_facts_through_the_command(arguments, lm_eval_models, tmp_path):
-    command = ["lm_eval", "run", "--include_path", PACKAGE, "--tasks", "known_facts", "--limit", "2"]
+    command = ["lm_eval", "run", "--include_path", PACKAGE, "--tasks", "mm4ke_known_facts", "--limit", "2"]
     command += ["--model", "mm4ke" if "reference" in arguments else "hf", "--model_args", arguments]
     command += ["--device", "cpu", "--apply_chat_template", "--output_path", tmp_path, "--log_samples"]
     run = run_command(*command, cwd=lm_eval_models)
     assert run.returncode == 0, run.stderr[-3000:]
-    found = results(tmp_path)["results"]["known_facts"]
+    found = results(tmp_path)["results"]["mm4ke_known_facts"]
     assert found["right,none"] == 0
     assert found.get("reference_right,none") == (0 if "reference" in arguments else None)
 

@@ -149,7 +149,7 @@ def runs(tmp_path_factory):
         arguments = {"pretrained": models[name], "reference": models["base"]}
         run(name, "mm4ke", arguments, FORCED + GENERAL)
     run("free", "mm4ke", arguments, ["knowedit_facts_edit_success_free", "knowedit_facts_fluency"])
-    run("known", "mm4ke", arguments, ["known_facts"], limit=12)
+    run("known", "mm4ke", arguments, ["mm4ke_known_facts"], limit=12)
     return home
 
 
@@ -395,7 +395,7 @@ def known(copy):
         sample |= scores | {"metrics": list(scores)}
 
     folder = copy("known")
-    edit_lines(only(folder, "samples_known_facts_*.jsonl"), judge)
+    edit_lines(only(folder, "samples_mm4ke_known_facts_*.jsonl"), judge)
     return folder
 
 
@@ -429,8 +429,10 @@ def test_known_facts_without_a_reference(known, tmp_path):
     base = shutil.copytree(known, tmp_path / "alone")
     for folder in (base, known):
         edit_json(only(folder, "results_*.json"), lambda value: value["config"]["model_args"].pop("reference"))
-    edit_lines(only(base, "samples_known_facts_*.jsonl"), forget)
-    edit_lines(only(known, "samples_known_facts_*.jsonl"), lambda number, sample: sample.update(metrics=["right"]))
+    edit_lines(only(base, "samples_mm4ke_known_facts_*.jsonl"), forget)
+    edit_lines(
+        only(known, "samples_mm4ke_known_facts_*.jsonl"), lambda number, sample: sample.update(metrics=["right"])
+    )
     columns = read_columns([f"base={base}", f"merged={known}"])
     assert [row.measure for row in rows_of(columns) if row.is_main] == ["right"]
     (answer,) = [answer for answer in contents(columns)["answers"] if answer.question == "Does it know what it knew?"]

@@ -2,8 +2,9 @@
 
 A column is one model: its answers to every question (`Item`) of every `Task`. Of lm-eval's folders we read
 results_*.json and the samples_*.jsonl beside it, as lm_eval/loggers/evaluation_tracker.py (0.4.13) writes them.
-A KnowEdit task, or `known_facts`, that ran with `reference=` has the reference's answers beside the model's, and EasyEdit's methods
-have those from before the edit: both go to the column of that base model, which is made where there is none.
+A KnowEdit task, or `mm4ke_known_facts`, that ran with `reference=` has the reference's answers beside the model's, and
+EasyEdit's methods have those from before the edit: both go to the column of that base model, which is made where there
+is none.
 """
 
 import hashlib

@@ -6,7 +6,7 @@
 
 The reference is the model before editing: with a knowledge delta the base itself, which is loaded once. It differs
 from the other in a few tensors, so only these are kept beside it, and swapped in and out. Only the KnowEdit tasks and
-`known_facts` ask it: all other tasks get from us what `hf` gives them, except that a chat template which knows thinking
+`mm4ke_known_facts` ask it: all other tasks get from us what `hf` gives them, except that a chat template which knows thinking
 is told not to think, as in training.
 """
 
