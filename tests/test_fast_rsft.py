@@ -26,6 +26,12 @@ OTHERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def quiet_transformers(caplog):
+    """LLaMA-Factory, in an earlier test of the same process, has the library log what it does."""
+    caplog.set_level(logging.WARNING, logger="transformers")
+
+
 def make_model(family: str, **config) -> torch.nn.Module:
     sizes = {
         "vocab_size": 264,
