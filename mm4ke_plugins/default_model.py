@@ -140,9 +140,8 @@ def _download(wheel: Path, scratch: Path, console: Console) -> None:
 
 def _bytes_so_far(scratch: Path) -> int:
     sizes = [0]
-    for folder, _, names in os.walk(
-        scratch
-    ):  # which passes over a folder that pip has just removed, as rglob does not
+    # Unlike rglob, this passes over a folder that pip has just removed.
+    for folder, _, names in os.walk(scratch):
         for name in names:
             if name.endswith(".whl"):
                 with suppress(FileNotFoundError):  # pip has just moved it

@@ -122,7 +122,7 @@ def test_the_fast_path_learns_at_the_same_tokens(model):
 
 def test_the_hooks_are_removed(model):
     (ffn,) = trained_ffns(model)
-    with gradient_only_at(torch.tensor([[True]]), [ffn]):
+    with gradient_only_at(torch.tensor([[True]]), model):
         assert ffn._forward_hooks
     assert not ffn._forward_hooks
 

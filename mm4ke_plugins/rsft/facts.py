@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import MM4KEError
 from ..knowedit.prompts import Encoded, Question, encode
 from .losses import IGNORED, Sample, answer_losses, samples_of
-from .subject import gradient_only_at, tokens_of_subject, trained_ffns
+from .subject import gradient_only_at, tokens_of_subject
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def fact_losses(model: PreTrainedModel, fact: Fact) -> tuple[torch.Tensor, torch
     """The loss of one fact that is trained, with a graph, and the one that is judged: see `losses_of_rows`."""
     batch, own = _batch_of(fact, model.device)
     kept = len(fact.ids) - fact.answer_start + 1  # the answer, and the token before it, which predicts its first one
-    with gradient_only_at(_learns_of(fact), trained_ffns(model)):
+    with gradient_only_at(_learns_of(fact), model):
         logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=kept).logits
     return answer_losses(logits, batch["labels"][:, -kept:], own[:, -kept:])
 

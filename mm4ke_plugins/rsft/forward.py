@@ -19,7 +19,7 @@ from transformers.activations import SiLUActivation
 from .layers import FFN_NAMES, decoder_layers
 from .losses import Sample, losses_of_rows
 from .prefix import FrozenPrefix, Prefix, PrefixCache, replace_forward
-from .subject import gradient_only_at, trained_ffns
+from .subject import gradient_only_at
 
 # With fewer rows (tokens) or a smaller matrix the BLAS adds up in another order.
 MIN_ROWS = 16
@@ -44,7 +44,6 @@ class FastForward:
         _, layers = decoder_layers(model)
         ffns = [child for above in layers[layer:] for name, child in above.named_children() if name in FFN_NAMES]
         self.ffns = [(ffn, forward) for ffn in ffns if (forward := frozen_ffn(ffn))]
-        self.trained = trained_ffns(model)
 
     def losses(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses that are trained and those that are judged: see `losses_of_rows`."""
@@ -72,7 +71,7 @@ class FastForward:
             learns = torch.stack([_pad(sample.learns, tokens) for sample in samples])
         prefix = self._prefix(samples, tokens)
         with ExitStack() as undo:
-            undo.enter_context(gradient_only_at(learns, self.trained))
+            undo.enter_context(gradient_only_at(learns, self.model))
             undo.enter_context(self.prefix.given(prefix))
             undo.callback(self.head.register_forward_pre_hook(only_answer_rows).remove)
             for ffn, forward in self.ffns:

@@ -12,7 +12,7 @@ Where a fact has no subject, or its question doesn't spell it, these are the tok
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -22,8 +22,8 @@ from .layers import FFN_NAMES, decoder_layers
 
 
 @contextmanager
-def gradient_only_at(places: torch.Tensor | None, ffns: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Within the block these FFNs' outputs have a gradient at some tokens only. None: at all of them.
+def gradient_only_at(places: torch.Tensor | None, model: torch.nn.Module) -> Iterator[None]:
+    """Within the block the outputs of the model's trained FFNs have a gradient at some tokens only. None: at all of them.
 
     places: bool, (samples, tokens)
     """
@@ -32,7 +32,7 @@ def gradient_only_at(places: torch.Tensor | None, ffns: Iterable[torch.nn.Module
         return torch.where(places.to(output.device)[..., None], output, output.detach())
 
     with ExitStack() as hooks:
-        for ffn in ffns if places is not None else ():
+        for ffn in trained_ffns(model) if places is not None else ():
             hooks.callback(ffn.register_forward_hook(keep).remove)
         yield
 

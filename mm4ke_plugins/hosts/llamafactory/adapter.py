@@ -332,7 +332,7 @@ def substitute_trainer(workflow) -> None:
             return torch.tensor(sum(losses) / len(losses), device=self.args.device)
 
         def _plain_losses(self, model, inputs, own, learns, indices) -> tuple[torch.Tensor, torch.Tensor]:
-            with gradient_only_at(None if learns is None else learns[indices], trained_ffns(self.model)):
+            with gradient_only_at(None if learns is None else learns[indices], self.model):
                 if len(inputs["input_ids"]) == 1:
                     # Without num_items_in_batch the model returns the mean over all trained tokens.
                     loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
