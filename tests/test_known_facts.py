@@ -66,10 +66,15 @@ def known(tiny, monkeypatch):
     return KnownFacts(model, tokenizer)
 
 
-def test_the_base_keeps_all(tiny, known):
+def test_the_base_keeps_all(tiny, known, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        module, "generate", lambda model, tokenizer, prompts, *rest, **more: asked.extend(prompts) or []
+    )
     found = known.measure(tiny[0])
     assert (known.asked, found.asked, found.kept, found.unchanged, found.length) == (6, 3, 1.0, 1.0, 1.0)
     assert found.kl == pytest.approx(0, abs=1e-6) and found.lost == []
+    assert asked == []  # what the base said was enough to see that it would be said again
 
 
 def test_another_model_is_measured_on_what_the_base_knew(tiny, known):

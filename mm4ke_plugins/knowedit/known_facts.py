@@ -89,13 +89,14 @@ class KnownFacts:
         """Ask a model what the base knew. None where the base answered nothing right."""
         if not self.facts:
             return None
-        texts = self._answers(model, advance)
+        divergence, follows = self._along(model)
+        texts = self._answers(model, follows, advance)
         lost = [fact.question for fact, text in zip(self.facts, texts, strict=True) if not fact.is_right(text)]
         pairs = list(zip(self.texts, texts, strict=True))
         return Kept(
             asked=len(self.facts),
             kept=1 - len(lost) / len(self.facts),
-            kl=self.divergence(model),
+            kl=divergence,
             length=sum(len(text.split()) for text in texts) / sum(len(text.split()) for text in self.texts),
             unchanged=sum(base == text for base, text in pairs) / len(pairs),
             answers={fact.question: pair for fact, pair in zip(self.facts, pairs, strict=True)},
@@ -104,21 +105,34 @@ class KnownFacts:
 
     def kept(self, model: PreTrainedModel, advance: Callable[[int], None] = lambda count: None) -> float:
         """`measure`'s `kept` alone, of a base that answered something right."""
-        texts = self._answers(model, advance)
+        texts = self._answers(model, self._along(model)[1], advance)
         return sum(fact.is_right(text) for fact, text in zip(self.facts, texts, strict=True)) / len(texts)
 
     def divergence(self, model: PreTrainedModel) -> float:
         """KL(base || model) in nats, the mean over all tokens of the base's right answers."""
-        total, count = 0.0, 0
-        for (chosen, base), rows in zip(self.by_base, self._log_probabilities(model), strict=True):
+        return self._along(model)[0]
+
+    def _along(self, model: PreTrainedModel) -> tuple[float, list[bool]]:
+        """The model along the base's answers: its divergence, and for each answer whether it gives the same one."""
+        total, count, follows = 0.0, 0, []
+        for answer, (chosen, base), rows in zip(
+            self.tokens, self.by_base, self._log_probabilities(model), strict=True
+        ):
             found = self._with_the_rest(rows.gather(1, chosen.to(rows.device)).cpu())
             total += float((base.exp() * (base - found)).sum(dtype=torch.float64))
             count += len(base)
-        return max(total / count, 0.0)
+            follows.append(rows.argmax(1).tolist() == answer)
+        return max(total / count, 0.0), follows
 
-    def _answers(self, model: PreTrainedModel, advance: Callable[[int], None]) -> list[str]:
-        """What a model says to the questions that the base answered right."""
-        return [self._text(answer) for answer in self._ask(model, self.facts, advance)]
+    def _answers(self, model: PreTrainedModel, follows: Sequence[bool], advance: Callable[[int], None]) -> list[str]:
+        """What a model says to the questions that the base answered right; it speaks only where it says another thing.
+
+        follows: of `_along`
+        """
+        advance(sum(follows))
+        other = [fact for fact, same in zip(self.facts, follows, strict=True) if not same]
+        said = iter(self._ask(model, other, advance))
+        return [text if same else self._text(next(said)) for text, same in zip(self.texts, follows, strict=True)]
 
     def _ask(
         self, model: PreTrainedModel, facts: Sequence[KnownFact], advance: Callable[[int], None]
