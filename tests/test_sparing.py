@@ -21,7 +21,7 @@ from mm4ke_plugins.rsft.guard import ROWS, SWAPS, Guard, everyday_conversations,
 from mm4ke_plugins.rsft.layers import ffns_of
 from mm4ke_plugins.rsft.live import Editor
 from mm4ke_plugins.rsft.settings import Settings
-from mm4ke_plugins.rsft.subject import gradient_only_at, tokens_of_subject, trained_ffns
+from mm4ke_plugins.rsft.subject import gradient_only_at, tokens_from_subject, trained_ffns
 
 # (question, answer, subject): the last has none.
 FACTS = [("Who rules Oz?", "Tark", "Oz"), ("Where is Ux?", "Up", "Ux"), ("What is red?", "A box", None)]
@@ -41,7 +41,7 @@ def model(folder):
     return model
 
 
-def encoded(gradient_at="subject", prompt_format="chat"):
+def encoded(gradient_at="from_subject", prompt_format="chat"):
     return [
         encode_fact(tiny_tokenizer(), question, answer, prompt_format, gradient_at=gradient_at, subject=subject)
         for question, answer, subject in FACTS
@@ -58,28 +58,30 @@ def gradients(model, loss):
 @pytest.mark.parametrize(
     "question, subject, marked",
     [
-        ("Who rules Oz?", "Oz", "Oz"),
-        ("Is Oz in Oz?", "Oz", "OzOz"),
-        ("Who rules OZ, the land?", "oz", "OZ"),
-        ("Wo liegt Überlingen?", "Überlingen", "Überlingen"),
-        ("奥兹国在哪里?", "奥兹国", "奥兹国"),
-        ("Who rules Oz?", None, "WhorulesOz"),
-        ("Who rules Oz?", "Ix", "WhorulesOz"),
-        ("What is 2 + 2?", "2 + 2", "2 + 2"),
+        ("Who rules Oz?", "Oz", "Oz?"),
+        ("Is Oz in Oz?", "Oz", "Oz in Oz?"),
+        ("Who rules OZ, the land?", "oz", "OZ, the land?"),
+        ("Wo liegt Überlingen?", "Überlingen", "Überlingen?"),
+        ("奥兹国在哪里?", "奥兹国", "奥兹国在哪里?"),
+        ("Who rules Oz now?", None, "Oz now?"),
+        ("Who rules Oz?", "Ix", "Oz?"),
+        ("In what year was 4U built?", None, "4U built?"),
+        ("who rules there?", None, "who rules there?"),
+        ("What is 2 + 2?", "2 + 2", "2 + 2?"),
     ],
 )
 @pytest.mark.parametrize("prompt_format", ["raw", "chat"])
-def test_the_tokens_of_the_subject(question, subject, marked, prompt_format):
+def test_the_tokens_from_the_subject_on(question, subject, marked, prompt_format):
     tokenizer = tiny_tokenizer()
     ids = chat_prompt(tokenizer, question) if prompt_format == "chat" else tokenizer(question).input_ids
-    found = tokens_of_subject(tokenizer, ids, question, subject)
+    found = tokens_from_subject(tokenizer, ids, question, subject)
     assert len(found) == len(ids)
     assert tokenizer.decode([token for token, is_marked in zip(ids, found) if is_marked]) == marked
 
 
 def test_of_a_question_that_the_tokens_do_not_spell_all_are_taken():
     tokenizer = tiny_tokenizer()
-    assert all(tokens_of_subject(tokenizer, tokenizer("who rules oz?").input_ids, "Who rules Oz?", "Oz"))
+    assert all(tokens_from_subject(tokenizer, tokenizer("who rules oz?").input_ids, "Who rules Oz?", "Oz"))
 
 
 def test_a_token_that_spells_a_part_of_the_subject_is_the_subjects(smollm2):
@@ -88,8 +90,8 @@ def test_a_token_that_spells_a_part_of_the_subject_is_the_subjects(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     question = "Which river flows through Überlingen am Bodensee?"
     ids = chat_prompt(tokenizer, question)
-    found = tokens_of_subject(tokenizer, ids, question, "Überlingen am Bodensee")
-    assert tokenizer.decode([token for token, marked in zip(ids, found) if marked]) == " Überlingen am Bodensee"
+    found = tokens_from_subject(tokenizer, ids, question, "Überlingen am Bodensee")
+    assert tokenizer.decode([token for token, marked in zip(ids, found) if marked]) == " Überlingen am Bodensee?"
 
 
 def test_the_forward_stays_and_the_gradients_of_the_tokens_add_up(model):
@@ -292,7 +294,7 @@ def recipe(rsft_recipe, tmp_path) -> dict:
     rsft_recipe["dataset_dir"] = str(tmp_path / "with-subjects")
     write_dataset(read_records(tmp_path / "records.json"), tmp_path / "with-subjects")
     return rsft_recipe | {
-        "rsft_gradient_at": "subject", "rsft_guard_weight": 5.0, "rsft_steps_per_sample": 1,
+        "rsft_gradient_at": "from_subject", "rsft_guard_weight": 5.0, "rsft_steps_per_sample": 1,
         "per_device_train_batch_size": 2, "num_train_epochs": 6, "lr_scheduler_type": "constant", "weight_decay": 0,
     }  # fmt: skip
 
@@ -302,7 +304,7 @@ def test_same_weights_as_a_literal_loop(recipe):
     facts, texts = llamafactory_data(recipe | {"output_dir": recipe["output_dir"] + "-facts"})
     tokenizer = tiny_tokenizer()
     marked = [[token for token, learns in zip(fact.ids, fact.learns) if learns] for fact in facts]
-    assert [tokenizer.decode(tokens) for tokens in marked] == ["Oz", "Ux", "Whatisred"]
+    assert [tokenizer.decode(tokens) for tokens in marked] == ["Oz?", "Ux?", "What is red?"]
     assert len(texts) == len(everyday_conversations()) + 2
     assert tokenizer.decode(texts[-1]).endswith("<|im_start|>user\nWhere is Oz?<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(texts[0]).rstrip("\n").endswith(f"{everyday_conversations()[0][1]}<|im_end|>")
@@ -367,7 +369,7 @@ def test_what_the_guard_keeps_and_the_subjects_belong_to_the_training(recipe, tm
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"rsft_gradient_at": "subjects"}, "rsft_gradient_at: subjects: give all or subject"),
+        ({"rsft_gradient_at": "subjects"}, "rsft_gradient_at: subjects: give all or from_subject"),
         (
             {"rsft_layers": [1, 3]},
             "rsft_layers: 3 is the last layer, .* choose a lower layer, or rsft_gradient_at: all",

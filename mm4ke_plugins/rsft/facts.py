@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import MM4KEError
 from ..knowedit.prompts import Encoded, Question, encode
 from .losses import IGNORED, Sample, answer_losses, samples_of
-from .subject import gradient_only_at, tokens_of_subject
+from .subject import gradient_only_at, tokens_from_subject
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def encode_fact(
 ) -> Fact:
     """A fact as token ids in one of PROMPT_FORMATS, followed by the end-of-sequence token.
 
-    Without that token a model learns to answer and not to stop. With `gradient_at: subject` the fact is learned at the
-    tokens of its subject: see `rsft.subject`.
+    Without that token a model learns to answer and not to stop. With `gradient_at: from_subject` the fact is learned at
+    the tokens of its question from the subject on: see `rsft.subject`.
 
     Raises MM4KEError: the answer has no token, or the tokenizer has no end-of-sequence token or no chat template.
     """
@@ -48,8 +48,8 @@ def encode_fact(
     if not code.answer_ids:
         raise MM4KEError(f"{prompt!r:.80}: the answer {target_new!r:.80} has no token of its own; give another one")
     learns = None
-    if gradient_at == "subject":
-        places = tokens_of_subject(tokenizer, code.ids[: code.answer_start], prompt, subject)
+    if gradient_at == "from_subject":
+        places = tokens_from_subject(tokenizer, code.ids[: code.answer_start], prompt, subject)
         learns = places + [False] * (len(code.ids) + 1 - len(places))
     return Fact([*code.ids, tokenizer.eos_token_id], code.answer_start, len(code.ids), learns)
 

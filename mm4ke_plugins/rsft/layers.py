@@ -38,17 +38,17 @@ def ffn_parameter_names(
 
     layers:  indices from 0, as in the checkpoint's tensor names ("model.layers.5.mlp...")
     modules: ["ffn"] for the whole FFN, or names of its children such as "down_proj"
-    gradient_at: at "all" tokens, or those of the "subject" (see `subject.py`)
+    gradient_at: at "all" tokens, or "from_subject" on (see `subject.py`)
 
     Raises MM4KEError for a layer out of range, an unknown module name, a layer without a known FFN, a mixture of
-    experts, and for the last layer where only the subject's tokens learn.
+    experts, and for the last layer where only the question's tokens learn.
     """
     prefix, stack = decoder_layers(model)
     names = []
-    if gradient_at == "subject" and len(stack) - 1 in layers:
+    if gradient_at == "from_subject" and len(stack) - 1 in layers:
         raise MM4KEError(
             f"rsft_layers: {len(stack) - 1} is the last layer, after which no token sees another one: nothing would be "
-            "learned at the subject's tokens; choose a lower layer, or rsft_gradient_at: all"
+            "learned at the question's tokens; choose a lower layer, or rsft_gradient_at: all"
         )
     for index in layers:
         if not 0 <= index < len(stack):

@@ -7,7 +7,7 @@ from ..errors import MM4KEError
 from ..merging.choice import DEFAULT_DENSITY, DEFAULT_WEIGHT
 
 SCHEDULES = ("cosine", "constant")
-GRADIENT_AT = ("all", "subject")
+GRADIENT_AT = ("all", "from_subject")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Settings:
     learning_rate:    of the first visit
     lr_scheduler_type: "cosine", over all visits to 0, or "constant"
     facts_per_visit:  how many facts one visit trains: 1 is depth-first, more are breadth-first
-    gradient_at:      "all" tokens, or those of the "subject" only: see `rsft.subject`
+    gradient_at:      at "all" tokens, or those "from_subject" on: see `rsft.subject`
     guard_weight:     of the guard's loss; 0 is without: see `rsft.guard`
     weight, density:  of the knowledge delta, as in `merging.equations.merge`
 

@@ -1,13 +1,13 @@
-"""Where a fact is learned: at every token (Algorithm 1), or at the tokens of its subject only.
+"""Where a fact is learned: at every token (Algorithm 1), or from its subject to the end of its question.
 
-Every prompt of a chat template begins with the same tokens and ends with the same ones, and most questions share their
-small words. An FFN that may change its output there answers every question with what it was taught. At the subject's
-last token, ROME (arXiv 2202.05262) found, middle layers fetch what a model knows of it. So with `gradient_at: subject`
+Every prompt of a chat template begins with the same tokens and ends with the same ones, and most questions begin with
+the same words. An FFN that may change its output there answers every question with what it was taught. From the subject
+on a token has seen what the question is about; ROME (arXiv 2202.05262) found that middle layers fetch there what a model
+knows of it. The words behind the subject, and the question mark, have seen what is asked of it as well, so that another
+question about the same subject is another one to the FFN. So with `gradient_at: from_subject`
 
     forward     as ever: the loss is that of the model as it is
-    backward    the gradient reaches the trained FFN through its output at the subject's tokens, nowhere else
-
-Where a fact has no subject, or its question doesn't spell it, these are the tokens of the question's words.
+    backward    the gradient reaches the trained FFN through its output at these tokens, nowhere else
 """
 
 import re
@@ -44,15 +44,15 @@ def trained_ffns(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [ffn for ffn in ffns if any(parameter.requires_grad for parameter in ffn.parameters())]
 
 
-def tokens_of_subject(
+def tokens_from_subject(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], question: str, subject: str | None
 ) -> list[bool]:
-    """Which of a prompt's tokens spell the subject, each time that the question has it.
+    """Which of a prompt's tokens spell the question from its subject on.
 
     ids: the tokens of the prompt, in whatever template, up to where the answer begins
 
-    Without a subject in the question: which spell its words. Where the question is not found among the tokens, since
-    the tokenizer writes it in another way: all of them.
+    Without a subject in the question: from its first name on, see `first_name`. Where the question is not found among
+    the tokens, since the tokenizer writes it in another way: all of them.
     """
 
     def text_of(count: int) -> str:
@@ -61,19 +61,19 @@ def tokens_of_subject(
     begin = text_of(len(ids)).rfind(question)
     if begin < 0:
         return [True] * len(ids)
+    spelled = re.search(re.escape(subject), question, re.IGNORECASE) if subject else None
+    start = spelled.start() if spelled else first_name(question)
     counts = range(len(ids) + 1)
+    # From the token with the first character, to the one before that with the first character behind.
+    first = bisect_right(counts, begin + start, key=lambda n: len(text_of(n)))
+    # A token may end within a character, which then shows as the one that stands for what can't be decoded.
+    last = bisect_left(
+        counts, begin + len(question), key=lambda n: len(text_of(n).rstrip("\N{REPLACEMENT CHARACTER}"))
+    )
+    return [first - 1 <= index < last for index in range(len(ids))]
 
-    def spells(first: int, last: int) -> range:
-        """The tokens from the one with the character `first` to the one before `last` of the text."""
-        begun = bisect_right(counts, first, key=lambda count: len(text_of(count)))
-        # A token may end within a character, which then shows as the one that stands for what can't be decoded.
-        ended = bisect_left(counts, last, key=lambda count: len(text_of(count).rstrip("\N{REPLACEMENT CHARACTER}")))
-        return range(begun - 1, ended)
 
-    wanted = [match.span() for match in re.finditer(re.escape(subject), question, re.IGNORECASE)] if subject else []
-    wanted = wanted or [match.span() for match in re.finditer(r"\w+", question)]
-    found = [False] * len(ids)
-    for first, last in wanted:
-        for place in spells(begin + first, begin + last):
-            found[place] = True
-    return found
+def first_name(question: str) -> int:
+    """Where a question has its first word with a capital or a digit, the first word aside; 0 where it has none."""
+    words = list(re.finditer(r"\w+", question))[1:]
+    return next((word.start() for word in words if word[0] != word[0].lower() or word[0].isdigit()), 0)

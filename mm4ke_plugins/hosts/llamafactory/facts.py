@@ -7,7 +7,7 @@ What LLaMA-Factory trains of a fact is more than its answer: a template's end of
 where a reasoning template is told to think. Both are found from the template's own pieces.
 
     rsft_own        of each label that is trained, in order, whether it is the answer's own token
-    rsft_learns     with rsft_gradient_at: subject, of each token, whether the trained FFN has a gradient there
+    rsft_learns     with rsft_gradient_at: from_subject, of each token, whether the trained FFN has a gradient there
     rsft_question   the question, for messages
 
 The template `empty`, for models without a chat format, has neither a space before the answer nor an end after it.
@@ -32,7 +32,7 @@ from llamafactory.model.loader import load_config
 from ...errors import MM4KEError, first_line
 from ...rsft.facts import encode_fact
 from ...rsft.guard import everyday_conversations, swapped_questions
-from ...rsft.subject import tokens_of_subject
+from ...rsft.subject import tokens_from_subject
 from .recipe import recipe_name
 
 OWN, LEARNS, QUESTION = "rsft_own", "rsft_learns", "rsft_question"
@@ -51,7 +51,7 @@ class FactProcessor(SupervisedDatasetProcessor):
         whole.cutoff_len = sys.maxsize
         super().__init__(template=template, tokenizer=tokenizer, processor=processor, data_args=whole)
         self.is_raw = template is TEMPLATES[RAW_TEMPLATE]
-        self.subjects = read_subjects(data_args) if data_args.rsft_gradient_at == "subject" else None
+        self.subjects = read_subjects(data_args) if data_args.rsft_gradient_at == "from_subject" else None
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = defaultdict(list)
@@ -80,7 +80,7 @@ class FactProcessor(SupervisedDatasetProcessor):
         row[OWN] = [int(is_own) for is_own, label in zip(own, labels, strict=True) if label != IGNORE_INDEX]
         if self.subjects is not None:
             stop = prompt_length(labels)
-            learns = tokens_of_subject(self.tokenizer, ids[:stop], question, self.subjects.get(question))
+            learns = tokens_from_subject(self.tokenizer, ids[:stop], question, self.subjects.get(question))
             row[LEARNS] = [int(does) for does in learns] + [0] * (len(ids) - stop)
         return row
 

@@ -50,8 +50,8 @@ class RsftArguments:
     rsft_gradient_at: str = field(
         default=Settings.gradient_at,
         metadata={
-            "help": "Where a fact is learned: at all of its tokens (all), or at those of its subject only (subject), "
-            "which spares other questions. Facts without a subject are then learned at the words of their question."
+            "help": "Where a fact is learned: at all of its tokens (all), or at those of its question from the subject on "
+            "(from_subject), which spares other questions. Without a subject: from its first name on."
         },
     )
     rsft_guard_weight: float = field(
