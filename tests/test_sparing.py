@@ -17,7 +17,15 @@ from mm4ke_plugins.knowedit.prompts import chat_prompt
 from mm4ke_plugins.knowedit.records import read_records
 from mm4ke_plugins.rsft.facts import encode_fact, fact_losses, sample_of
 from mm4ke_plugins.rsft.forward import FastForward
-from mm4ke_plugins.rsft.guard import ROWS, SWAPS, Guard, everyday_conversations, guard_texts, swapped_questions
+from mm4ke_plugins.rsft.guard import (
+    ROWS,
+    SWAPS,
+    Guard,
+    everyday_conversations,
+    everyday_questions,
+    guard_texts,
+    swapped_questions,
+)
 from mm4ke_plugins.rsft.layers import ffns_of
 from mm4ke_plugins.rsft.live import Editor
 from mm4ke_plugins.rsft.settings import Settings
@@ -147,6 +155,27 @@ def test_the_guard_keeps_nothing_that_known_facts_asks():
     conversations = everyday_conversations()
     assert len(conversations) > 100
     assert not [question for question, _ in conversations if question.lower() in asked]
+    assert not [question for question in everyday_questions() if question.lower() in asked]
+
+
+def test_everyday_questions_are_many_and_complete():
+    questions = everyday_questions()
+    assert len(questions) > 500 and len(set(questions)) == len(questions)
+    assert not [question for question in questions if "{" in question or " = " in question]
+    assert "Is Cuba larger than Nigeria?" in questions, "two places of one kind get two words"
+
+
+def test_half_of_the_guards_tokens_are_spelled_like_those_that_learn(model):
+    texts = [[1, *range(100, 180), token] for token in (7, 8, 9)]
+    guard = Guard(model, ffns_of(model, [LAYER]), texts, weight=1.0, learned={8, 1})
+    place = len(texts[0]) + len(texts[1]) - 2 * guard.shared - 1 + guard.shared  # the 8; the 1 is of all texts
+    assert guard.alike.tolist() == [place]
+    taken = []
+    guard.ffns[0].register_forward_pre_hook(lambda module, args: taken.append(args[0]))
+    guard.loss(0)
+    rows = taken[0]
+    alike = (rows == guard.inputs[0][place]).all(1).sum()
+    assert len(rows) // 2 <= alike < len(rows)
 
 
 def test_swapped_questions():
@@ -238,7 +267,7 @@ def test_the_guards_texts_in_both_formats():
         ]),
     ):  # fmt: skip
         texts = guard_texts(tokenizer, facts, prompt_format)
-        assert len(texts) == len(everyday_conversations()) + 2
+        assert len(texts) == len(everyday_conversations()) + len(everyday_questions()) + 2
         assert [tokenizer.decode(texts[0]), tokenizer.decode(texts[-1])] == expected
 
 
@@ -305,14 +334,15 @@ def test_same_weights_as_a_literal_loop(recipe):
     tokenizer = tiny_tokenizer()
     marked = [[token for token, learns in zip(fact.ids, fact.learns) if learns] for fact in facts]
     assert [tokenizer.decode(tokens) for tokens in marked] == ["Oz?", "Ux?", "What is red?"]
-    assert len(texts) == len(everyday_conversations()) + 2
+    assert len(texts) == len(everyday_conversations()) + len(everyday_questions()) + 2
     assert tokenizer.decode(texts[-1]).endswith("<|im_start|>user\nWhere is Oz?<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(texts[0]).rstrip("\n").endswith(f"{everyday_conversations()[0][1]}<|im_end|>")
     model = AutoModelForCausalLM.from_pretrained(recipe["model_name_or_path"], dtype=torch.float32)
     model.requires_grad_(False)
     trained = {name: model.get_parameter(name).requires_grad_(True) for name in TRAINED}
     optimizer = torch.optim.AdamW(trained.values(), lr=recipe["learning_rate"], weight_decay=0)
-    guard = Guard(model, ffns_of(model, [LAYER]), texts, 5.0)
+    learned = {token for tokens in marked for token in tokens}
+    guard = Guard(model, ffns_of(model, [LAYER]), texts, 5.0, learned)
     guard_losses = []
     for epoch in range(len(statistics)):
         for place, batch in enumerate((facts[:2], facts[2:])):

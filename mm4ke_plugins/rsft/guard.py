@@ -9,12 +9,15 @@ and h(x) the residual stream behind that layer in the base, every update of R-SF
 What lies below layer n is frozen, so the inputs x and the targets f0(x) are computed once, as far as layer n. An update
 then costs one pass of ROWS tokens through one FFN: no teacher, and no pass through the other layers.
 
-The guard's tokens are of everyday conversations (guard.txt), and, for facts with a subject, of the facts' questions
-with the subjects of other facts: what is asked of one thing must not be answered of all things. AlphaEdit (arXiv
-2410.02355) holds closed-form edits to the same outputs, by projecting them off the inputs' principal directions.
+The guard's tokens are of everyday conversations (guard.txt) and questions (guard_questions.txt), and, for facts with a
+subject, of the facts' questions with the subjects of other facts: what is asked of one thing must not be answered of all
+things. Where facts are learned at some tokens only, half of the ROWS are of tokens that are spelled like one of these,
+such as question marks, since there the FFN is pulled most. AlphaEdit (arXiv 2410.02355) holds closed-form edits to the
+same outputs, by projecting them off the inputs' principal directions.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 
 import torch
@@ -27,15 +30,37 @@ from .prefix import stop_forward
 
 # How many tokens of the guard take part in one update.
 ROWS = 512
+# How often each everyday question is asked, with other words each time.
+ROUNDS = 8
 # With how many other facts' subjects the guard asks each fact's question, and how many such questions there are at most.
 SWAPS, MOST_SWAPPED = 4, 1000
 
 
 def everyday_conversations() -> list[tuple[str, str]]:
     """Questions and answers of daily life, written for this project; none is asked by `known_facts`."""
-    lines = (files(__package__) / "guard.txt").read_text(encoding="utf-8").splitlines()
-    pairs = (line.split(" | ") for line in lines if line and not line.startswith("#"))
+    pairs = (line.split(" | ") for line in _lines("guard.txt"))
     return [(question.strip(), answer.strip()) for question, answer in pairs]
+
+
+def everyday_questions() -> list[str]:
+    """What else people ask, without answers, written for this project; none is asked by `known_facts`."""
+    lines = _lines("guard_questions.txt")
+    words = {
+        name: listed.split(", ") for name, is_list, listed in (line.partition(" = ") for line in lines) if is_list
+    }
+    questions = [line for line in lines if " = " not in line]
+
+    def filled(number: int, turn: int) -> str:
+        # A second place of the same kind gets another word, and so does the next question.
+        places = iter(range(number + turn, number + turn + 100, 3))
+        return re.sub(r"{(\w+)}", lambda kind: (of := words[kind[1]])[next(places) % len(of)], questions[number])
+
+    return list(dict.fromkeys(filled(number, turn) for turn in range(ROUNDS) for number in range(len(questions))))
+
+
+def _lines(name: str) -> list[str]:
+    lines = (files(__package__) / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def swapped_questions(facts: Sequence[tuple[str, str | None]]) -> list[str]:
@@ -65,7 +90,7 @@ def guard_texts(
     ]
     return conversations + [
         chat_prompt(tokenizer, question) if prompt_format == "chat" else tokenizer(question).input_ids
-        for question in swapped_questions(facts)
+        for question in [*everyday_questions(), *swapped_questions(facts)]
     ]
 
 
@@ -78,12 +103,14 @@ class Guard:
         ffns: Sequence[torch.nn.Module],
         texts: Sequence[Sequence[int]],
         weight: float,
+        learned: Collection[int] = (),
     ):
         """
-        model:  a decoder of the transformers library
-        ffns:   those of its FFNs that are trained
-        texts:  the token ids of the guard's conversations
-        weight: of the guard's loss, above 0
+        model:   a decoder of the transformers library
+        ffns:    those of its FFNs that are trained
+        texts:   the token ids of the guard's conversations
+        weight:  of the guard's loss, above 0
+        learned: the ids of the tokens at which facts are learned, where that is not at all of them
         """
         self.weight = weight
         self.ffns = ffns
@@ -103,6 +130,8 @@ class Guard:
                 self.targets.append(ffn(inputs))
             self.scales.append(1 / behind.square().sum(1))
         self.shared = shared
+        tokens = [*texts[0][:shared], *(token for ids in texts for token in ids[shared:])]
+        self.alike = torch.tensor([row for row, token in enumerate(tokens) if row >= shared and token in learned])
 
     def loss(self, number: int) -> torch.Tensor:
         """The guard's loss at the update with this number, by which its tokens are chosen; a scalar with a graph."""
@@ -112,6 +141,9 @@ class Guard:
             count = len(self.inputs[place])
             if count > self.shared:
                 rows = torch.randint(self.shared, count, (min(ROWS, count - self.shared),), generator=generator)
+                if len(self.alike):
+                    half = rows[: len(rows) // 2]
+                    half[:] = self.alike[torch.randint(len(self.alike), half.shape, generator=generator)]
                 total = total + self._mean(place, rows.to(self.inputs[place].device))
             if self.shared:
                 total = total + self._mean(place, slice(self.shared))

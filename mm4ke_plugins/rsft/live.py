@@ -29,6 +29,7 @@ from .guard import Guard
 from .layers import ffn_parameter_names, ffns_of
 from .prefix import PREFIX_CACHE_MB
 from .settings import Settings
+from .subject import learned_tokens
 from .visitor import Visitor
 
 MAX_GRAD_NORM = 1.0
@@ -174,7 +175,8 @@ class Editor:
         start = self.edits[-1].trained if self.edits else self.base
         storage = {name: parameter.data for name, parameter in parameters.items()}
         try:
-            guard = self._guard(model, parameters, settings, guard_texts) if settings.guard_weight else None
+            learned = learned_tokens([fact.ids for fact in facts], [fact.learns for fact in facts])
+            guard = self._guard(model, parameters, settings, guard_texts, learned) if settings.guard_weight else None
             for name, parameter in parameters.items():
                 parameter.data = start[name].to(torch.float32, copy=True)
             train_facts(model, names, facts, settings, guard)
@@ -204,14 +206,15 @@ class Editor:
         parameters: dict[str, torch.nn.Parameter],
         settings: Settings,
         texts: Sequence[Sequence[int]],
+        learned: frozenset[int],
     ) -> Guard:
         """The guard of the base, whose parameters are put into the model; that of the last call if it is the same."""
-        key = (settings.layers, settings.guard_weight, tuple(map(tuple, texts)))
+        key = (settings.layers, settings.guard_weight, learned, tuple(map(tuple, texts)))
         if self.guard is None or self.guard[0] != key:
             for name, parameter in parameters.items():
                 parameter.data = self.base[name].to(torch.float32, copy=True)
             ffns = ffns_of(model, list(settings.layers))
-            self.guard = key, Guard(model, ffns, texts, settings.guard_weight)
+            self.guard = key, Guard(model, ffns, texts, settings.guard_weight, learned)
         return self.guard[1]
 
     def _recall(self, current: dict[str, torch.Tensor]) -> None:

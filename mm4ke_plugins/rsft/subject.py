@@ -73,6 +73,12 @@ def tokens_from_subject(
     return [first - 1 <= index < last for index in range(len(ids))]
 
 
+def learned_tokens(ids: Sequence[Sequence[int]], learns: Sequence[Sequence[bool] | None]) -> frozenset[int]:
+    """The ids of all tokens at which facts are learned; none where they are learned at all of their tokens."""
+    facts = zip(ids, learns, strict=True)
+    return frozenset(token for tokens, at in facts if at for token, does in zip(tokens, at, strict=True) if does)
+
+
 def first_name(question: str) -> int:
     """Where a question has its first word with a capital or a digit, the first word aside; 0 where it has none."""
     words = list(re.finditer(r"\w+", question))[1:]

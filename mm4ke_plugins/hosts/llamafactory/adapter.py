@@ -34,7 +34,7 @@ from ...rsft.layers import ffn_parameter_names
 from ...rsft.losses import answer_losses, samples_of
 from ...rsft.prefix import PREFIX_CACHE_MB
 from ...rsft.provenance import Provenance, joint_hash, parameter_hashes
-from ...rsft.subject import gradient_only_at, trained_ffns
+from ...rsft.subject import gradient_only_at, learned_tokens, trained_ffns
 from ...rsft.visitor import Visitor
 from ...storage.checkpoint import open_safetensors, tensor_files
 from ...storage.names import name_in
@@ -184,7 +184,9 @@ def substitute_trainer(workflow) -> None:
                     return self._take_result()
                 if guard_texts is not None:  # now, while the model is the base
                     ffns, weight = trained_ffns(self.model), self.finetuning_args.rsft_guard_weight
-                    self.visitor.guard = Guard(self.model, ffns, guard_texts, weight)
+                    columns = (list(self.train_dataset[column]) for column in ("input_ids", facts.LEARNS))
+                    learned = learned_tokens(*columns) if facts.LEARNS in self.train_dataset.column_names else ()
+                    self.visitor.guard = Guard(self.model, ffns, guard_texts, weight, learned)
                 with written_to(self.output.folder):
                     return super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
             except BaseException:

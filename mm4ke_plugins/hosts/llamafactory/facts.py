@@ -31,7 +31,7 @@ from llamafactory.model.loader import load_config
 
 from ...errors import MM4KEError, first_line
 from ...rsft.facts import encode_fact
-from ...rsft.guard import everyday_conversations, swapped_questions
+from ...rsft.guard import everyday_conversations, everyday_questions, swapped_questions
 from ...rsft.subject import tokens_from_subject
 from .recipe import recipe_name
 
@@ -155,7 +155,7 @@ def guard_texts(processor: "FactProcessor", questions: list[str], file: str | No
 
     facts = [(question, (processor.subjects or {}).get(question)) for question in questions]
     texts = [encoded(*pair)["input_ids"] for pair in [*everyday_conversations(), *read_guard_file(file)]]
-    for question in swapped_questions(facts):
+    for question in [*everyday_questions(), *swapped_questions(facts)]:
         row = encoded(question, "?")
         texts.append(row["input_ids"][: prompt_length(row["labels"])])
     return texts
