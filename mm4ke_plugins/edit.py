@@ -36,8 +36,9 @@ from .storage.checkpoint import is_safetensors, tensor_files
 from .storage.models import find_model, is_hub_id, local_path, model_name, require_model_folder
 
 LAYER = 5
-# The paper's rate is for 7B. 1.5B learns by it as well; 135M needs more to learn in five epochs.
-SMALL_MODEL, SMALL_MODELS_RATE, PAPERS_RATE = 1e9, "1.0e-3", "5.0e-4"
+GRADIENT_AT = "from_subject"
+# The paper's rate is for 7B. 1.5B learns by it as well; 135M needs more.
+SMALL_MODEL, SMALL_MODELS_RATE, PAPERS_RATE = 1e9, "2.0e-3", "5.0e-4"
 # What is made in the output folder, and what a kill leaves of it unfinished.
 MADE = ("rsft.yaml", "merge.yaml", "facts", "rsft", "rsft.delta.safetensors", "merged", "comparison")
 UNFINISHED = re.compile(r"\..+\.mm4ke-\w+")
@@ -45,7 +46,7 @@ UNFINISHED = re.compile(r"\..+\.mm4ke-\w+")
 IDENTITY = ("model_name_or_path", "template", "dataset_dir", "dataset", "rsft_layers", "output_dir")
 
 TRAINING = Template("""\
-# Teach the model the facts by robust supervised fine-tuning (R-SFT).
+# Teach the model the facts by robust supervised fine-tuning (R-SFT), and spare what else it knows.
 #
 #     $command
 #
@@ -65,14 +66,18 @@ do_train: true
 rsft: true
 rsft_layers: $layer   # counted from 0, as in the checkpoint's tensor names; the paper's is 5
 rsft_modules: ffn   # all of the FFN, or parts of it: down_proj
-rsft_steps_per_sample: 6   # K: at most so many updates in one visit of one fact
+rsft_steps_per_sample: 1   # K: at most so many updates in one visit of a batch of facts
 rsft_loss_threshold: 0.1   # tau: a fact under this loss (nats per token, and per token of the answer) is left alone
+per_device_train_batch_size: 8   # facts in a visit: one update trains those that are not under tau
 
-### training: one step is one visit of one fact
-num_train_epochs: 5   # ends earlier after an epoch in which no fact needed an update
+### what is spared
+rsft_gradient_at: $gradient_at   # learn from the subject to the end of the question; all: at every token, as the paper
+rsft_guard_weight: 10   # how strongly the FFN is held to what it was on everyday conversations; 0: not at all
+
+### training: one step is one visit of one batch
+num_train_epochs: 30   # ends earlier after an epoch in which no fact needed an update
 learning_rate: $rate   # $rate_reason
 lr_scheduler_type: cosine
-per_device_train_batch_size: 1
 gradient_accumulation_steps: 1
 disable_shuffling: true   # visit the facts in the file's order
 disable_gradient_checkpointing: true   # it would cost a second forward for nothing: only one layer is trained
@@ -81,7 +86,8 @@ bf16: $bf16   # $bf16_reason
 ### output
 output_dir: $trained
 logging_steps: 10
-save_strategy: epoch
+save_strategy: steps
+save_steps: 50   # visits; a checkpoint is a whole model
 save_total_limit: 1   # an interrupted run goes on from here: just start it again
 report_to: none
 dataloader_pin_memory: $bf16   # a GPU's setting
@@ -99,7 +105,7 @@ base_model: $base
 models:
   - model: $trained
     parameters:
-      weight: 0.8   # how much of the difference is added: the paper's 1 - alpha (Equation 4); less forgets new facts
+      weight: 1.0   # how much of the difference is added: 1 - alpha (Equation 4), the paper's is 0.8; less forgets new facts
       density: 0.8   # the share of each matrix's difference that is kept, largest entries first: p (Equation 6)
 """)
 
@@ -228,17 +234,18 @@ def _settings(model: str, layer: int) -> dict[str, object]:
             f"{option}: {what} ({first_line(error)}); give a folder or a hub id such as org/name"
         ) from None
     try:
-        ffn_parameter_names(skeleton, [layer], ["ffn"])
+        ffn_parameter_names(skeleton, [layer], ["ffn"], GRADIENT_AT)
     except MM4KEError as error:
         raise MM4KEError(f"{option} --layer {layer}: {error}") from None
     is_small = sum(parameter.numel() for parameter in skeleton.parameters()) < SMALL_MODEL
     has_bf16 = is_torch_bf16_gpu_available()
     return {
         "layer": layer,
+        "gradient_at": GRADIENT_AT,
         "rate": SMALL_MODELS_RATE if is_small else PAPERS_RATE,
-        "rate_reason": "the paper's 5e-4 is for 7B; under 1B a model needs more to learn in 5 epochs"
+        "rate_reason": "the paper's 5e-4 is for 7B; a model under 1B needs more"
         if is_small
-        else "the paper's; a model under 1B needs 1e-3",
+        else "the paper's; a model under 1B needs 2e-3",
         "bf16": str(has_bf16).lower(),
         "bf16_reason": "on this GPU, for half of the memory; the trained FFN stays in float32"
         if has_bf16

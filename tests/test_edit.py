@@ -29,7 +29,7 @@ COMMANDS = [
 def home(tmp_path_factory):
     """A folder with facts, a model in the hub's cache, and no network."""
     home = tmp_path_factory.mktemp("user")
-    make_tiny_model(home / "model", layers=6)
+    make_tiny_model(home / "model", layers=7)
     as_hub_model(home / "model", home / "hf" / "hub")
     (home / "my facts.json").write_text(json.dumps(FACTS))
     return home
@@ -82,7 +82,7 @@ def test_the_next_run_goes_on_and_shows_what_it_runs(edited, home):
 
 def test_the_recipes_fit_the_model_and_say_why(edited, home):
     text = (home / "out" / "an edit" / "rsft.yaml").read_text()
-    assert yaml.safe_load(text)["learning_rate"] == 1e-3  # of this size; the paper's is 5e-4
+    assert yaml.safe_load(text)["learning_rate"] == 2e-3  # of this size; the paper's is 5e-4
     (reason,) = [line for line in text.splitlines() if line.startswith("learning_rate: ")]
     assert "under 1B" in reason
     (reason,) = [line for line in text.splitlines() if line.startswith("bf16: ")]
@@ -96,7 +96,7 @@ def test_again_only_what_is_missing_or_changed(edited, home):
     trained, before = load_file(model), load_file(merged)
     model.unlink()
     (folder / "rsft" / "trainer_state.json").unlink()
-    recipe = (folder / "merge.yaml").read_text().replace("weight: 0.8", "weight: 0.5  # gently")
+    recipe = (folder / "merge.yaml").read_text().replace("weight: 1.0", "weight: 0.5  # gently")
     (folder / "merge.yaml").write_text(recipe)
 
     again = run(home)
@@ -199,7 +199,8 @@ def refused(arguments, message):
         ({"model": "org/name@main"}, r"^--model org/name@main: mergekit reads"),
         ({"template": "smolm2"}, r"^--template smolm2: LLaMA-Factory knows no .*; did you mean smollm2 or smollm.*\?"),
         ({"template": "zzzzzz"}, r"^--template zzzzzz: LLaMA-Factory knows no .*; there are smollm2, qwen, llama3"),
-        ({"layer": 6}, r"^--model .*/model --layer 6: .* is out of range; LlamaForCausalLM has layers 0 to 5$"),
+        ({"layer": 7}, r"^--model .*/model --layer 7: .* is out of range; LlamaForCausalLM has layers 0 to 6$"),
+        ({"layer": 6}, r"^--model .*/model --layer 6: .*choose a lower layer"),
     ],
 )
 def test_refusals_of_options(change, message, arguments):
@@ -207,7 +208,7 @@ def test_refusals_of_options(change, message, arguments):
 
 
 def test_a_damaged_model_is_refused(arguments, tmp_path):
-    model = make_tiny_model(tmp_path / "model", layers=6)
+    model = make_tiny_model(tmp_path / "model", layers=7)
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-100])
     refused(arguments | {"model": str(model)}, r"model.safetensors: not a readable safetensors file")

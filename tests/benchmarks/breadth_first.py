@@ -4,7 +4,7 @@
 
 Needs:  work/base   mm4ke model --link work/base
 
-Depth-first are the settings of recipes/rsft.yaml, plain (the whole model for every loss) and fast; breadth-first those
+Depth-first are the settings of recipes/paper/rsft.yaml, plain (the whole model for every loss) and fast; breadth-first those
 of recipes/breadth-first/rsft.yaml. A way is done when, after an epoch, the edit success in the chat template is at
 least the goal; asking for it is not counted. The scores are EasyEdit's, in the chat template, at that point.
 """
@@ -22,8 +22,8 @@ from mm4ke_plugins.knowedit.records import read_records
 from mm4ke_plugins.rsft.forward import FastForward
 
 WAYS = {
-    "depth-first, plain": ("recipes/rsft.yaml", None),
-    "depth-first": ("recipes/rsft.yaml", FastForward),
+    "depth-first, plain": ("recipes/paper/rsft.yaml", None),
+    "depth-first": ("recipes/paper/rsft.yaml", FastForward),
     "breadth-first": ("recipes/breadth-first/rsft.yaml", FastForward),
 }
 

@@ -4,7 +4,7 @@
 
 Needs:  work/base   mm4ke model --link work/base
 
-The settings are those of recipes/rsft.yaml. Plain is Algorithm 1 with the whole model's forward for every loss. Every
+The settings are those of recipes/paper/rsft.yaml. Plain is Algorithm 1 with the whole model's forward for every loss. Every
 variant has its own copy of the model; at the end all must hold the same parameters. `--variants all` takes the fast
 paths apart.
 """
@@ -50,7 +50,7 @@ def main(facts: Path, n: int, base: Path, epochs: int, variants: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(consistent_records(read_records(facts, n), True), Path(folder), "facts")
         recipe = Recipe(
-            ROOT / "recipes/rsft.yaml",
+            ROOT / "recipes/paper/rsft.yaml",
             model_name_or_path=str(base),
             dataset_dir=folder,
             num_train_epochs=epochs,

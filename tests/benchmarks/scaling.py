@@ -5,7 +5,7 @@
 Needs:  work/base   mm4ke model --link work/base
 
 The first 6 layers of SmolLM2-135M-Instruct (the time of an update is not the point here), invented facts, one epoch
-with K = 1, fast paths as in recipes/rsft.yaml. Each number of facts has a process of its own. Its memory is the peak
+with K = 1, fast paths as in recipes/paper/rsft.yaml. Each number of facts has a process of its own. Its memory is the peak
 resident set during training minus that before it; the prefixes of facts are kept up to the default budget.
 """
 
@@ -48,7 +48,7 @@ def train(base: Path, count: int) -> dict[str, float]:
         Path(folder, "facts.json").write_text(json.dumps(invented(count)))
         Path(folder, "dataset_info.json").write_text(json.dumps({"facts": {"file_name": "facts.json"}}))
         recipe = Recipe(
-            ROOT / "recipes/rsft.yaml",
+            ROOT / "recipes/paper/rsft.yaml",
             model_name_or_path=str(base),
             dataset_dir=folder,
             num_train_epochs=EPOCHS,

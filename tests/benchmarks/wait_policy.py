@@ -63,7 +63,7 @@ def work(base: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(read_records(ROOT / "recipes/facts.json", 1), Path(folder), "facts")
         recipe = Recipe(
-            ROOT / "recipes/rsft.yaml",
+            ROOT / "recipes/paper/rsft.yaml",
             model_name_or_path=str(base),
             dataset_dir=folder,
             output_dir=f"{folder}/rsft",
