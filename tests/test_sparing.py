@@ -29,7 +29,7 @@ from mm4ke_plugins.rsft.guard import (
 from mm4ke_plugins.rsft.layers import ffns_of
 from mm4ke_plugins.rsft.live import Editor
 from mm4ke_plugins.rsft.settings import Settings
-from mm4ke_plugins.rsft.subject import gradient_only_at, tokens_from_subject, trained_ffns
+from mm4ke_plugins.rsft.subject import gradient_only_at, subjects_alone, tokens_from_subject, trained_ffns
 
 # (question, answer, subject): the last has none.
 FACTS = [("Who rules Oz?", "Tark", "Oz"), ("Where is Ux?", "Up", "Ux"), ("What is red?", "A box", None)]
@@ -85,6 +85,22 @@ def test_the_tokens_from_the_subject_on(question, subject, marked, prompt_format
     found = tokens_from_subject(tokenizer, ids, question, subject)
     assert len(found) == len(ids)
     assert tokenizer.decode([token for token, is_marked in zip(ids, found) if is_marked]) == marked
+
+
+def test_facts_about_one_subject_are_learned_at_all_of_their_questions():
+    facts = [("Who rules Oz?", "Oz"), ("Where is oz?", "oz"), ("Where is Ux?", "Ux"), ("What is red?", None)]
+    expected = {
+        "Who rules Oz?": "Who rules Oz?",
+        "Where is oz?": "Where is oz?",
+        "Where is Ux?": "Ux",
+        "What is red?": None,
+    }
+    assert subjects_alone(facts) == expected
+    assert subjects_alone([facts[0], facts[0]]) == {"Who rules Oz?": "Oz"}, "the same fact twice is one"
+    tokenizer = tiny_tokenizer()
+    ids = chat_prompt(tokenizer, "Who rules Oz?")
+    found = tokens_from_subject(tokenizer, ids, "Who rules Oz?", expected["Who rules Oz?"])
+    assert tokenizer.decode([token for token, is_marked in zip(ids, found) if is_marked]) == "Who rules Oz?"
 
 
 def test_of_a_question_that_the_tokens_do_not_spell_all_are_taken():

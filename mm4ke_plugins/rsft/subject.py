@@ -4,7 +4,8 @@ Every prompt of a chat template begins with the same tokens and ends with the sa
 the same words. An FFN that may change its output there answers every question with what it was taught. From the subject
 on a token has seen what the question is about; ROME (arXiv 2202.05262) found that middle layers fetch there what a model
 knows of it. The words behind the subject, and the question mark, have seen what is asked of it as well, so that another
-question about the same subject is another one to the FFN. So with `gradient_at: from_subject`
+question about the same subject is another one to the FFN. Where several facts are about one subject, they need more to
+be told apart, and are learned at all of their question. So with `gradient_at: from_subject`
 
     forward     as ever: the loss is that of the model as it is
     backward    the gradient reaches the trained FFN through its output at these tokens, nowhere else
@@ -12,6 +13,7 @@ question about the same subject is another one to the FFN. So with `gradient_at:
 
 import re
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -49,7 +51,8 @@ def tokens_from_subject(
 ) -> list[bool]:
     """Which of a prompt's tokens spell the question from its subject on.
 
-    ids: the tokens of the prompt, in whatever template, up to where the answer begins
+    ids:     the tokens of the prompt, in whatever template, up to where the answer begins
+    subject: see `subjects_alone`
 
     Without a subject in the question: from its first name on, see `first_name`. Where the question is not found among
     the tokens, since the tokenizer writes it in another way: all of them.
@@ -71,6 +74,15 @@ def tokens_from_subject(
         counts, begin + len(question), key=lambda n: len(text_of(n).rstrip("\N{REPLACEMENT CHARACTER}"))
     )
     return [first - 1 <= index < last for index in range(len(ids))]
+
+
+def subjects_alone(facts: Sequence[tuple[str, str | None]]) -> dict[str, str | None]:
+    """From where each fact is learned, by its question: its subject, or all of the question if others share the subject.
+
+    facts: questions and their subjects
+    """
+    counts = Counter(subject.lower() for _, subject in dict(facts).items() if subject)
+    return {question: question if subject and counts[subject.lower()] > 1 else subject for question, subject in facts}
 
 
 def learned_tokens(ids: Sequence[Sequence[int]], learns: Sequence[Sequence[bool] | None]) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """What editing spares of what a model knew, and what it costs: settings of R-SFT side by side, on the same facts.
 
     python tests/benchmarks/sparing.py --facts ZsRE-test-all.json --skip 100 --n 40 \\
-        --set plain: --set sparing:gradient_at=subject,guard_weight=30,learning_rate=2e-3
+        --set plain: --set sparing:gradient_at=from_subject,guard_weight=20,learning_rate=2e-3
 
 Needs:  work/base   mm4ke model --link work/base
 
@@ -46,6 +46,7 @@ from mm4ke_plugins.rsft.guard import Guard, guard_texts
 from mm4ke_plugins.rsft.layers import ffn_parameter_names, ffns_of
 from mm4ke_plugins.rsft.live import train_facts
 from mm4ke_plugins.rsft.settings import Settings
+from mm4ke_plugins.rsft.subject import learned_tokens, subjects_alone
 from mm4ke_plugins.storage.models import load_model, load_tokenizer
 
 BREADTH_FIRST = {
@@ -130,10 +131,11 @@ def main(
         settings = Settings(**BREADTH_FIRST | values)
         model.load_state_dict(original)
         names = ffn_parameter_names(model, list(settings.layers), list(settings.modules))
+        learned_from = subjects_alone([(fact.prompt, fact.subject) for fact in records])
         encoded = [
             encode_fact(
                 tokenizer, fact.prompt, fact.target_new, "chat",
-                gradient_at=settings.gradient_at, subject=fact.subject,
+                gradient_at=settings.gradient_at, subject=learned_from[fact.prompt],
             )
             for fact in records
         ]  # fmt: skip
@@ -141,7 +143,8 @@ def main(
         guard = None
         if settings.guard_weight:
             texts = guard_texts(tokenizer, [(fact.prompt, fact.subject) for fact in records], "chat")
-            guard = Guard(model, ffns_of(model, list(settings.layers)), texts, settings.guard_weight)
+            learned = learned_tokens([fact.ids for fact in encoded], [fact.learns for fact in encoded])
+            guard = Guard(model, ffns_of(model, list(settings.layers)), texts, settings.guard_weight, learned)
         train_facts(model, names, encoded, settings, guard)
         seconds = time.perf_counter() - begin
         model.eval()

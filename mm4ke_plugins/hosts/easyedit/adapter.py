@@ -31,6 +31,7 @@ from ...rsft.facts import encode_fact
 from ...rsft.guard import guard_texts
 from ...rsft.live import Editor, changed_tensors
 from ...rsft.settings import Settings, is_count, wrong
+from ...rsft.subject import subjects_alone
 
 METHOD = "MM4KE"
 
@@ -146,6 +147,8 @@ def apply_mm4ke_to_model(
     if hparams.merged_model is not None:
         path = Path(hparams.merged_model)
         return model, copy_delta(model, path, hparams) if path.is_file() else copy_merged(model, path)
+    questions = [(request["prompt"], request.get("subject")) for request in requests]
+    learned_from = subjects_alone(questions)
     facts = [
         encode_fact(
             tok,
@@ -153,13 +156,12 @@ def apply_mm4ke_to_model(
             request["target_new"],
             hparams.prompt_format,
             gradient_at=hparams.gradient_at,
-            subject=request.get("subject"),
+            subject=learned_from[request["prompt"]],
         )
         for request in requests
     ]
     texts = []
     if hparams.guard_weight:
-        questions = [(request["prompt"], request.get("subject")) for request in requests]
         texts = guard_texts(tok, questions, hparams.prompt_format)
     try:
         return model, editors.setdefault(model, Editor()).edit(model, facts, hparams.settings(), texts)

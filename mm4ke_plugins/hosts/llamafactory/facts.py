@@ -32,7 +32,7 @@ from llamafactory.model.loader import load_config
 from ...errors import MM4KEError, first_line
 from ...rsft.facts import encode_fact
 from ...rsft.guard import everyday_conversations, everyday_questions, swapped_questions
-from ...rsft.subject import tokens_from_subject
+from ...rsft.subject import subjects_alone, tokens_from_subject
 from .recipe import recipe_name
 
 OWN, LEARNS, QUESTION = "rsft_own", "rsft_learns", "rsft_question"
@@ -52,6 +52,7 @@ class FactProcessor(SupervisedDatasetProcessor):
         super().__init__(template=template, tokenizer=tokenizer, processor=processor, data_args=whole)
         self.is_raw = template is TEMPLATES[RAW_TEMPLATE]
         self.subjects = read_subjects(data_args) if data_args.rsft_gradient_at == "from_subject" else None
+        self.learned_from = subjects_alone(list((self.subjects or {}).items()))
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = defaultdict(list)
@@ -80,7 +81,7 @@ class FactProcessor(SupervisedDatasetProcessor):
         row[OWN] = [int(is_own) for is_own, label in zip(own, labels, strict=True) if label != IGNORE_INDEX]
         if self.subjects is not None:
             stop = prompt_length(labels)
-            learns = tokens_from_subject(self.tokenizer, ids[:stop], question, self.subjects.get(question))
+            learns = tokens_from_subject(self.tokenizer, ids[:stop], question, self.learned_from.get(question))
             row[LEARNS] = [int(does) for does in learns] + [0] * (len(ids) - stop)
         return row
 
