@@ -72,7 +72,7 @@ per_device_train_batch_size: 8   # facts in a visit: one update trains those tha
 
 ### what is spared
 rsft_gradient_at: $gradient_at   # learn from the subject to the end of the question; all: at every token, as the paper
-rsft_guard_weight: 10   # how strongly the FFN is held to what it was on everyday conversations; 0: not at all
+rsft_guard_weight: 20   # how strongly the FFN is held to what it was on everyday conversations; 0: not at all
 
 ### training: one step is one visit of one batch
 num_train_epochs: 30   # ends earlier after an epoch in which no fact needed an update

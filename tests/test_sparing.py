@@ -18,6 +18,7 @@ from mm4ke_plugins.knowedit.records import read_records
 from mm4ke_plugins.rsft.facts import encode_fact, fact_losses, sample_of
 from mm4ke_plugins.rsft.forward import FastForward
 from mm4ke_plugins.rsft.guard import (
+    ALIKE,
     ROWS,
     SWAPS,
     Guard,
@@ -181,7 +182,7 @@ def test_everyday_questions_are_many_and_complete():
     assert "Is Cuba larger than Nigeria?" in questions, "two places of one kind get two words"
 
 
-def test_half_of_the_guards_tokens_are_spelled_like_those_that_learn(model):
+def test_most_of_the_guards_tokens_are_spelled_like_those_that_learn(model):
     texts = [[1, *range(100, 180), token] for token in (7, 8, 9)]
     guard = Guard(model, ffns_of(model, [LAYER]), texts, weight=1.0, learned={8, 1})
     place = len(texts[0]) + len(texts[1]) - 2 * guard.shared - 1 + guard.shared  # the 8; the 1 is of all texts
@@ -191,7 +192,7 @@ def test_half_of_the_guards_tokens_are_spelled_like_those_that_learn(model):
     guard.loss(0)
     rows = taken[0]
     alike = (rows == guard.inputs[0][place]).all(1).sum()
-    assert len(rows) // 2 <= alike < len(rows)
+    assert int(ALIKE * len(rows)) <= alike < len(rows)
 
 
 def test_swapped_questions():

@@ -11,8 +11,8 @@ then costs one pass of ROWS tokens through one FFN: no teacher, and no pass thro
 
 The guard's tokens are of everyday conversations (guard.txt) and questions (guard_questions.txt), and, for facts with a
 subject, of the facts' questions with the subjects of other facts: what is asked of one thing must not be answered of all
-things. Where facts are learned at some tokens only, half of the ROWS are of tokens that are spelled like one of these,
-such as question marks, since there the FFN is pulled most. AlphaEdit (arXiv 2410.02355) holds closed-form edits to the
+things. Where facts are learned at some tokens only, three quarters of the ROWS are of tokens that are spelled like one of
+these, such as question marks, since there the FFN is pulled most. AlphaEdit (arXiv 2410.02355) holds closed-form edits to the
 same outputs, by projecting them off the inputs' principal directions.
 """
 
@@ -28,8 +28,8 @@ from .facts import encode_fact
 from .layers import decoder_layers
 from .prefix import stop_forward
 
-# How many tokens of the guard take part in one update.
-ROWS = 512
+# How many tokens of the guard take part in one update, and which share of them is spelled like those that learn.
+ROWS, ALIKE = 512, 0.75
 # How often each everyday question is asked, with other words each time.
 ROUNDS = 8
 # With how many other facts' subjects the guard asks each fact's question, and how many such questions there are at most.
@@ -142,8 +142,8 @@ class Guard:
             if count > self.shared:
                 rows = torch.randint(self.shared, count, (min(ROWS, count - self.shared),), generator=generator)
                 if len(self.alike):
-                    half = rows[: len(rows) // 2]
-                    half[:] = self.alike[torch.randint(len(self.alike), half.shape, generator=generator)]
+                    part = rows[: int(ALIKE * len(rows))]
+                    part[:] = self.alike[torch.randint(len(self.alike), part.shape, generator=generator)]
                 total = total + self._mean(place, rows.to(self.inputs[place].device))
             if self.shared:
                 total = total + self._mean(place, slice(self.shared))
