@@ -36,7 +36,6 @@ from .storage.checkpoint import is_safetensors, tensor_files
 from .storage.models import find_model, is_hub_id, local_path, model_name, require_model_folder
 
 LAYER = 5
-GRADIENT_AT = "from_subject"
 # The paper's rate is for 7B. 1.5B learns by it as well; 135M needs more.
 SMALL_MODEL, SMALL_MODELS_RATE, PAPERS_RATE = 1e9, "2.0e-3", "5.0e-4"
 # What is made in the output folder, and what a kill leaves of it unfinished.
@@ -46,7 +45,7 @@ UNFINISHED = re.compile(r"\..+\.mm4ke-\w+")
 IDENTITY = ("model_name_or_path", "template", "dataset_dir", "dataset", "rsft_layers", "output_dir")
 
 TRAINING = Template("""\
-# Teach the model the facts by robust supervised fine-tuning (R-SFT), and spare what else it knows.
+# Teach the model the facts by robust supervised fine-tuning (R-SFT), beside a guard of what else it knows.
 #
 #     $command
 #
@@ -71,8 +70,8 @@ rsft_loss_threshold: 0.1   # tau: a fact under this loss (nats per token, and pe
 per_device_train_batch_size: 8   # facts in a visit: one update trains those that are not under tau
 
 ### what is spared
-rsft_gradient_at: $gradient_at   # learn from the subject to the end of the question; all: at every token, as the paper
-rsft_guard_weight: 20   # how strongly the FFN is held to what it was on everyday conversations; 0: not at all
+rsft_gradient_at: all   # learn at every token; from_subject: from the subject to the end of the question, spares more
+rsft_guard_weight: 60   # how strongly the FFN is held to what it was on everyday conversations; 0: not at all
 
 ### training: one step is one visit of one batch
 num_train_epochs: 30   # ends earlier after an epoch in which no fact needed an update
@@ -234,14 +233,13 @@ def _settings(model: str, layer: int) -> dict[str, object]:
             f"{option}: {what} ({first_line(error)}); give a folder or a hub id such as org/name"
         ) from None
     try:
-        ffn_parameter_names(skeleton, [layer], ["ffn"], GRADIENT_AT)
+        ffn_parameter_names(skeleton, [layer], ["ffn"])
     except MM4KEError as error:
         raise MM4KEError(f"{option} --layer {layer}: {error}") from None
     is_small = sum(parameter.numel() for parameter in skeleton.parameters()) < SMALL_MODEL
     has_bf16 = is_torch_bf16_gpu_available()
     return {
         "layer": layer,
-        "gradient_at": GRADIENT_AT,
         "rate": SMALL_MODELS_RATE if is_small else PAPERS_RATE,
         "rate_reason": "the paper's 5e-4 is for 7B; a model under 1B needs more"
         if is_small

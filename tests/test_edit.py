@@ -200,7 +200,6 @@ def refused(arguments, message):
         ({"template": "smolm2"}, r"^--template smolm2: LLaMA-Factory knows no .*; did you mean smollm2 or smollm.*\?"),
         ({"template": "zzzzzz"}, r"^--template zzzzzz: LLaMA-Factory knows no .*; there are smollm2, qwen, llama3"),
         ({"layer": 7}, r"^--model .*/model --layer 7: .* is out of range; LlamaForCausalLM has layers 0 to 6$"),
-        ({"layer": 6}, r"^--model .*/model --layer 6: .*choose a lower layer"),
     ],
 )
 def test_refusals_of_options(change, message, arguments):

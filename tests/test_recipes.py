@@ -17,7 +17,7 @@ def name(path: Path) -> str:
 def test_there_are_recipes_for_the_default_model_and_the_papers():
     assert {name(path) for path in RECIPES} >= {
         f"recipes/{folder}{host}.yaml"
-        for folder in ("", "paper/", "qwen2.5-7b-instruct/", "llama2-7b-chat/")
+        for folder in ("", "paper/", "sparing/", "qwen2.5-7b-instruct/", "llama2-7b-chat/")
         for host in ("rsft", "merge")
     }
 

@@ -387,6 +387,11 @@ def test_each_alone_and_the_books_without_a_guard(recipe, change):
     assert ("rsft_mean_guard_loss" in statistics[0]) == bool((recipe | change)["rsft_guard_weight"])
 
 
+def test_the_guard_asks_about_other_subjects_wherever_facts_are_learned(recipe):
+    _, texts = llamafactory_data(recipe | {"rsft_gradient_at": "all"})
+    assert "Where is Oz?" in tiny_tokenizer().decode(texts[-1])
+
+
 def test_a_run_that_was_interrupted_gives_the_same_weights(recipe):
     recipe |= {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 4, "rsft_loss_threshold": 0.3}
     expected, _ = train(recipe)

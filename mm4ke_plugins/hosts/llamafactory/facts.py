@@ -51,8 +51,9 @@ class FactProcessor(SupervisedDatasetProcessor):
         whole.cutoff_len = sys.maxsize
         super().__init__(template=template, tokenizer=tokenizer, processor=processor, data_args=whole)
         self.is_raw = template is TEMPLATES[RAW_TEMPLATE]
-        self.subjects = read_subjects(data_args) if data_args.rsft_gradient_at == "from_subject" else None
-        self.learned_from = subjects_alone(list((self.subjects or {}).items()))
+        self.subjects = read_subjects(data_args)
+        at_some_tokens = data_args.rsft_gradient_at == "from_subject"
+        self.learned_from = subjects_alone(list(self.subjects.items())) if at_some_tokens else None
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = defaultdict(list)
@@ -68,7 +69,7 @@ class FactProcessor(SupervisedDatasetProcessor):
         question = prompt[-1]["content"] if prompt else ""
         media = {key: example[f"_{key}"] for key in ("images", "videos", "audios")}
         row = {"input_ids": [], "attention_mask": [], "labels": [], **media, OWN: [], QUESTION: question or ""}
-        row |= {} if self.subjects is None else {LEARNS: []}
+        row |= {} if self.learned_from is None else {LEARNS: []}
         if len(prompt) % 2 != 1 or len(response) != 1:
             return row
         if not all(isinstance(message["content"], str) and message["content"].strip() for message in messages):
@@ -79,7 +80,7 @@ class FactProcessor(SupervisedDatasetProcessor):
             ids, labels, own = self._in_template(example, messages, media)
         row |= {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
         row[OWN] = [int(is_own) for is_own, label in zip(own, labels, strict=True) if label != IGNORE_INDEX]
-        if self.subjects is not None:
+        if self.learned_from is not None:
             stop = prompt_length(labels)
             learns = tokens_from_subject(self.tokenizer, ids[:stop], question, self.learned_from.get(question))
             row[LEARNS] = [int(does) for does in learns] + [0] * (len(ids) - stop)
@@ -154,7 +155,7 @@ def guard_texts(processor: "FactProcessor", questions: list[str], file: str | No
         answered = {"_response": [{"role": "assistant", "content": answer}]}
         return processor._row(turns | answered | {"_images": None, "_videos": None, "_audios": None})
 
-    facts = [(question, (processor.subjects or {}).get(question)) for question in questions]
+    facts = [(question, processor.subjects.get(question)) for question in questions]
     texts = [encoded(*pair)["input_ids"] for pair in [*everyday_conversations(), *read_guard_file(file)]]
     for question in [*everyday_questions(), *swapped_questions(facts)]:
         row = encoded(question, "?")
