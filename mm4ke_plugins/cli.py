@@ -291,8 +291,8 @@ def apply(
 ) -> None:
     """Write a model folder: BASE with one or several deltas, bit for bit as `mergekit-yaml` would merge it.
 
-    By default an unfinished delta has the weight and the density of recipes/merge.yaml, and a finished one is taken as
-    it is.
+    By default an unfinished delta has the weight and the density of recipes/paper/merge.yaml, and a finished one is
+    taken as it is.
     """
     from .delta.folders import apply
 

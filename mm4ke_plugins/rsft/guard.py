@@ -81,6 +81,11 @@ def swapped_questions(facts: Sequence[tuple[str, str | None]]) -> list[str]:
     return found[:: -(-len(found) // MOST_SWAPPED) or 1]
 
 
+def guarded_questions(facts: Sequence[tuple[str, str | None]]) -> list[str]:
+    """What the guard asks without an answer; a fact is a question and its subject."""
+    return [*everyday_questions(), *swapped_questions(facts)]
+
+
 def guard_texts(
     tokenizer: PreTrainedTokenizerBase, facts: Sequence[tuple[str, str | None]], prompt_format: str
 ) -> list[list[int]]:
@@ -90,7 +95,7 @@ def guard_texts(
     ]
     return conversations + [
         chat_prompt(tokenizer, question) if prompt_format == "chat" else tokenizer(question).input_ids
-        for question in [*everyday_questions(), *swapped_questions(facts)]
+        for question in guarded_questions(facts)
     ]
 
 
@@ -118,9 +123,11 @@ class Guard:
         above = [next(layer for layer in layers if ffn in layer.children()) for ffn in self.ffns]
         shared = _common_length(texts)
         found: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.ffns]
+        tokens: list[int] = []  # of the rows below
         for number, ids in enumerate(texts):
+            first = 0 if number == 0 else shared
+            tokens += ids[first:]
             for place, (inputs, behind) in enumerate(_pass(model, self.ffns, above, ids)):
-                first = 0 if number == 0 else shared
                 found[place].append((inputs[first:], behind[first:]))
         self.inputs, self.targets, self.scales = [], [], []
         for ffn, parts in zip(self.ffns, found, strict=True):
@@ -130,7 +137,6 @@ class Guard:
                 self.targets.append(ffn(inputs))
             self.scales.append(1 / behind.square().sum(1))
         self.shared = shared
-        tokens = [*texts[0][:shared], *(token for ids in texts for token in ids[shared:])]
         self.alike = torch.tensor([row for row, token in enumerate(tokens) if row >= shared and token in learned])
 
     def loss(self, number: int) -> torch.Tensor:

@@ -175,8 +175,10 @@ class Editor:
         start = self.edits[-1].trained if self.edits else self.base
         storage = {name: parameter.data for name, parameter in parameters.items()}
         try:
-            learned = learned_tokens([fact.ids for fact in facts], [fact.learns for fact in facts])
-            guard = self._guard(model, parameters, settings, guard_texts, learned) if settings.guard_weight else None
+            guard = None
+            if settings.guard_weight:
+                learned = learned_tokens([fact.ids for fact in facts], [fact.learns for fact in facts])
+                guard = self._guard(model, parameters, settings, guard_texts, learned)
             for name, parameter in parameters.items():
                 parameter.data = start[name].to(torch.float32, copy=True)
             train_facts(model, names, facts, settings, guard)

@@ -31,7 +31,7 @@ from llamafactory.model.loader import load_config
 
 from ...errors import MM4KEError, first_line
 from ...rsft.facts import encode_fact
-from ...rsft.guard import everyday_conversations, everyday_questions, swapped_questions
+from ...rsft.guard import everyday_conversations, guarded_questions
 from ...rsft.subject import subjects_alone, tokens_from_subject
 from .recipe import recipe_name
 
@@ -51,8 +51,11 @@ class FactProcessor(SupervisedDatasetProcessor):
         whole.cutoff_len = sys.maxsize
         super().__init__(template=template, tokenizer=tokenizer, processor=processor, data_args=whole)
         self.is_raw = template is TEMPLATES[RAW_TEMPLATE]
-        self.subjects = read_subjects(data_args)
-        at_some_tokens = data_args.rsft_gradient_at == "from_subject"
+        at_some_tokens, has_guard = (
+            data_args.rsft_gradient_at == "from_subject",
+            data_args.rsft_guard_texts is not None,
+        )
+        self.subjects = read_subjects(data_args) if at_some_tokens or has_guard else {}
         self.learned_from = subjects_alone(list(self.subjects.items())) if at_some_tokens else None
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -157,7 +160,7 @@ def guard_texts(processor: "FactProcessor", questions: list[str], file: str | No
 
     facts = [(question, processor.subjects.get(question)) for question in questions]
     texts = [encoded(*pair)["input_ids"] for pair in [*everyday_conversations(), *read_guard_file(file)]]
-    for question in [*everyday_questions(), *swapped_questions(facts)]:
+    for question in guarded_questions(facts):
         row = encoded(question, "?")
         texts.append(row["input_ids"][: prompt_length(row["labels"])])
     return texts
