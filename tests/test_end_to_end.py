@@ -42,8 +42,8 @@ def test_the_facts_are_learned_and_the_rest_is_kept(edited):
     assert scores["merged"]["chat"]["edit_success"] >= 0.9
     assert scores["merged"]["chat"]["generalization"] > scores["base"]["chat"]["generalization"] + 0.2
     assert scores["merged"]["raw"]["locality"] >= scores["rsft"]["raw"]["locality"] > 0.5
-    assert models["merged"]["known"]["kept"] > 0.45 and models["merged"]["known"]["kl"] < 0.5
-    assert models["merged"]["perplexity"] < 1.05 * models["base"]["perplexity"]
+    assert models["merged"]["known"]["kept"] > 0.5 and models["merged"]["known"]["kl"] < 0.3
+    assert models["merged"]["perplexity"] < 1.01 * models["base"]["perplexity"]
     trained = [f"model.layers.5.mlp.{part}_proj.weight" for part in ("down", "gate", "up")]
     assert models["merged"]["disk"]["changed_tensors"] == models["rsft"]["disk"]["changed_tensors"] == trained
     # density: 0.8 leaves at least a fifth of every trained matrix as it was
