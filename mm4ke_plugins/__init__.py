@@ -10,6 +10,7 @@
     comparison.py   base, R-SFT and merged model side by side, without another host
     edit.py         facts, training, merge and comparison by the hosts' own commands
     report/         one page of what lm-eval's runs say
+    study/          many edits side by side, in one table
     hosts/          LLaMA-Factory, mergekit, EasyEdit, lm-eval: one thin adapter for each, in a folder of its own
     activation.py   how unmodified hosts find us; doctor.py: whether they do
     default_model.py    SmolLM2-135M-Instruct from the package index

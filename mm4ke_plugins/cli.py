@@ -218,6 +218,34 @@ def easyedit(methods: str, output: Path, **options) -> None:
 
 
 @cli.command()
+@click.argument("study", metavar="STUDY.yaml", type=PATH)
+@click.option("--output", type=PATH, metavar="DIR", help="[default: work/studies/STUDY]")
+@click.option("--easyedit", type=PATH, envvar="EASYEDIT_HOME", metavar="DIR", help="A clone; or set EASYEDIT_HOME.")
+@click.option("--retry", is_flag=True, help="Try again what failed before.")
+@click.option("--keep-models", is_flag=True, help="Don't remove edited models when they are scored.")
+def study(study: Path, output: Path | None, easyedit: Path | None, retry: bool, keep_models: bool) -> None:
+    """Run many edits, and show them side by side: methods, settings, facts, seeds.
+
+    STUDY.yaml lists them; recipes/studies/ has some. Each edit is made by the hosts' own commands, which are shown,
+    and scored on everything. What was done before is not done again. A method that fails is a row that says why.
+    Writes study.html, study.md and study.json to the output folder. Exits with 1 only when every method failed.
+    """
+    require_report_extra("mm4ke study", "matplotlib", "scipy", "jinja2")
+    from .study.page import write_page
+    from .study.plan import BASE, read_study
+    from .study.run import run_study
+
+    plan = read_study(study)
+    output = output or Path("work/studies") / study.stem
+    rows, records = run_study(
+        plan, output, easyedit=easyedit, retry=retry, keep_models=keep_models, show=lambda line: click.echo(line)
+    )
+    click.echo("\n".join(map(str, write_page(plan, rows, records, output))))
+    if all(row.error for row in rows if row.method != BASE):
+        raise SystemExit(1)
+
+
+@cli.command()
 def tasks() -> None:
     """Print the folder with our tasks for lm-eval: lm_eval run --include_path "$(mm4ke tasks)" --tasks knowedit_zsre
 

@@ -85,12 +85,17 @@ class KnownFacts:
         self.asked = len(facts)
         self.by_base = [self._likeliest(rows) for rows in self._log_probabilities(base)]
 
-    def measure(self, model: PreTrainedModel, advance: Callable[[int], None] = lambda count: None) -> Kept | None:
-        """Ask a model what the base knew. None where the base answered nothing right."""
+    def measure(
+        self, model: PreTrainedModel, advance: Callable[[int], None] = lambda count: None, *, batch_size: int = 32
+    ) -> Kept | None:
+        """Ask a model what the base knew. None where the base answered nothing right.
+
+        batch_size: of the questions that it answers together
+        """
         if not self.facts:
             return None
         divergence, follows = self._along(model)
-        texts = self._answers(model, follows, advance)
+        texts = self._answers(model, follows, advance, batch_size)
         lost = [fact.question for fact, text in zip(self.facts, texts, strict=True) if not fact.is_right(text)]
         pairs = list(zip(self.texts, texts, strict=True))
         return Kept(
@@ -124,21 +129,27 @@ class KnownFacts:
             follows.append(rows.argmax(1).tolist() == answer)
         return max(total / count, 0.0), follows
 
-    def _answers(self, model: PreTrainedModel, follows: Sequence[bool], advance: Callable[[int], None]) -> list[str]:
+    def _answers(
+        self, model: PreTrainedModel, follows: Sequence[bool], advance: Callable[[int], None], batch_size: int = 32
+    ) -> list[str]:
         """What a model says to the questions that the base answered right; it speaks only where it says another thing.
 
         follows: of `_along`
         """
         advance(sum(follows))
         other = [fact for fact, same in zip(self.facts, follows, strict=True) if not same]
-        said = iter(self._ask(model, other, advance))
+        said = iter(self._ask(model, other, advance, batch_size))
         return [text if same else self._text(next(said)) for text, same in zip(self.texts, follows, strict=True)]
 
     def _ask(
-        self, model: PreTrainedModel, facts: Sequence[KnownFact], advance: Callable[[int], None]
+        self,
+        model: PreTrainedModel,
+        facts: Sequence[KnownFact],
+        advance: Callable[[int], None],
+        batch_size: int = 32,
     ) -> list[list[int]]:
         prompts = [fact.question for fact in facts]
-        return generate(model, self.tokenizer, prompts, MAX_NEW_TOKENS, advance=advance)
+        return generate(model, self.tokenizer, prompts, MAX_NEW_TOKENS, batch_size=batch_size, advance=advance)
 
     def _text(self, answer: list[int]) -> str:
         return self.tokenizer.decode(answer, skip_special_tokens=True).strip()

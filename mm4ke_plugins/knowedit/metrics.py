@@ -226,12 +226,17 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
 
 
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int = 32
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int = 32,
+    *,
+    batch_size: int = 32,
 ) -> list[str]:
     """What the model says to each prompt, see `generate`. One that was not finished in so many tokens ends in "…"."""
     stops = _stops(model, tokenizer)
     answers = []
-    for tokens in generate(model, tokenizer, prompts, max_new_tokens):
+    for tokens in generate(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size):
         text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
         answers.append(text if stops & set(tokens) else f"{text}…")
     return answers

@@ -93,7 +93,7 @@ def radar(axes: list[str], columns: dict[str, tuple[int, list[float | None]]]) -
                 linespacing=1.15,
             )
         figure.legend(loc="lower center", ncols=min(4, len(columns)), fontsize=9, handlelength=2.6)
-        return _svg(figure, "radar", f"Radar of {len(kept)} measures for {', '.join(columns)}")
+        return svg(figure, "radar", f"Radar of {len(kept)} measures for {', '.join(columns)}")
 
 
 def differences(panels: dict[str, dict[str, dict[str, Point]]], order: list[str]) -> str | None:
@@ -138,7 +138,7 @@ def differences(panels: dict[str, dict[str, dict[str, Point]]], order: list[str]
             matplotlib.lines.Line2D([], [], label=name, markersize=5, **style_of(order.index(name))) for name in shown
         ]
         figure.legend(handles=handles, loc="lower center", ncols=min(4, len(shown)), fontsize=9)
-        return _svg(figure, "differences", f"Differences from {order[0]} with 95 % intervals")
+        return svg(figure, "differences", f"Differences from {order[0]} with 95 % intervals")
 
 
 def _dot(plot, point: Point, y: float, look: dict[str, str]) -> None:
@@ -147,7 +147,7 @@ def _dot(plot, point: Point, y: float, look: dict[str, str]) -> None:
     plot.plot([point.mean], [y], color=look["color"], marker=look["marker"], markersize=5)
 
 
-def _svg(figure: Figure, name: str, description: str) -> str:
+def svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an <svg> element whose ids begin with `name`, and whose colours are the page's."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -7,6 +7,7 @@ number of a file descriptor, on which the worker writes a line with what it does
 import dataclasses
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from ...knowedit.dataset import read_facts
 from ...knowedit.metrics import predict, questions_of
 from ...knowedit.prompts import encode
 from ...knowedit.records import Record, read_records
+from ...knowedit.scorer import Scorer
 from ...storage.atomic import replace_text
 from ...storage.models import load_model, load_tokenizer
 
@@ -37,6 +39,7 @@ class Job:
     scratch: the folder to run in, since EasyEdit leaves logs and caches in the working directory
     text:    what covariance statistics are made from; None leaves the methods that need them to EasyEdit
     limit:   of how many records of the data the `records` are what `read_facts` keeps; None: of all
+    score:   ask all that `knowedit.scorer` asks, in place of the questions in `prompt_format` alone
     """
 
     method: str
@@ -49,6 +52,7 @@ class Job:
     scratch: str
     output: str
     limit: int | None = None
+    score: bool = False
 
 
 def run(job: Job, report: Callable[[str, int], None]) -> dict[str, Any]:
@@ -58,7 +62,9 @@ def run(job: Job, report: Callable[[str, int], None]) -> dict[str, Any]:
         hparams    EasyEdit's, as they were used
         editing    "batch" or "sequential"
         seconds    spent in the method itself
-        predicted  the tokens of every question's answer, as from `metrics.predict`
+        predicted  the tokens of every question's answer, as from `metrics.predict`; with `score` none
+        scores     with `score`: as from `Scorer.score`
+        peak       of this process's memory, in bytes
     """
     records = read_facts(Path(job.data), job.limit)
     others = [] if job.limit is None else [r for r in read_records(Path(job.data)) if r.index >= job.limit]
@@ -75,6 +81,14 @@ def run(job: Job, report: Callable[[str, int], None]) -> dict[str, Any]:
     tokenizer = load_tokenizer(Path(job.model))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right" if hparams.alg_name in RIGHT_PADDED else "left"
+    asked = 0
+
+    def advance(count: int) -> None:
+        nonlocal asked
+        asked += count
+        report("asking", asked)
+
+    scorer = Scorer(model, tokenizer, records) if job.score else None
     editor = make_editor(model, tokenizer, hparams)
 
     seconds = 0.0
@@ -98,22 +112,26 @@ def run(job: Job, report: Callable[[str, int], None]) -> dict[str, Any]:
 
     report("asking", 0)
     final.eval()
-    codes = [encode(tokenizer, question, job.prompt_format) for question in questions_of(records)]
-    asked = 0
-
-    def advance(count: int) -> None:
-        nonlocal asked
-        asked += count
-        report("asking", asked)
-
-    if isinstance(final, PreTrainedModel) or hasattr(final, "peft_config"):
-        predicted = predict(final, codes, advance=advance)
-    else:
+    batch_size = 16
+    if not (isinstance(final, PreTrainedModel) or hasattr(final, "peft_config")):
         # Methods that decide by the whole input whether it concerns an edit wrap the model; one question at a time.
-        final.device = model.device
-        predicted = predict(final, codes, batch_size=1, advance=advance)
+        final.device, final.generation_config = model.device, model.generation_config
+        batch_size = 1
+    predicted, scores = [], None
+    if scorer:
+        scores = scorer.score(final, batch_size=batch_size, advance=advance)
+    else:
+        codes = [encode(tokenizer, question, job.prompt_format) for question in questions_of(records)]
+        predicted = predict(final, codes, batch_size=batch_size, advance=advance)
     settings = dataclasses.asdict(hparams) if dataclasses.is_dataclass(hparams) else vars(hparams)
-    return {"hparams": settings, "editing": editing, "seconds": seconds, "predicted": predicted}
+    return {
+        "hparams": settings,
+        "editing": editing,
+        "seconds": seconds,
+        "predicted": predicted,
+        "scores": scores,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 def read_hparams(job: Job) -> Any:
