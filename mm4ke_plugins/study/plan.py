@@ -13,7 +13,7 @@
                                                         and one of mergekit, of its base model and one other
       K = 1: {train: ..., set: {rsft_steps_per_sample: 1}}        values of the recipe, in place of its own
       tau: {train: ..., vary: {rsft_loss_threshold: [0.05, 0.1]}} a row for each value: "tau 0.05", "tau 0.1"
-      ROME: {easyedit: ROME}                            a method of EasyEdit, with recipes/easyedit/ROME/NAME.yaml
+      ROME: {easyedit: ROME}                            a method of EasyEdit, with its settings for NAME
       LocFT-BF: {run: bash recipes/studies/locft.sh}    a command, see below
     hparams: smollm2-135m               # NAME, whose settings EasyEdit's methods take
     against: R-SFT                      # the row that all others are compared with, in pairs
