@@ -1,6 +1,7 @@
 """Learning at the subject's tokens, and the guard: what each computes, alone, live and through LLaMA-Factory."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -168,16 +169,19 @@ def test_the_data_set_carries_the_subject(tmp_path):
 
 
 def test_the_guard_keeps_nothing_that_known_facts_asks():
-    asked = {fact.question.lower() for fact in known_facts()}
+    def words(question):
+        return re.sub(r"\W+", " ", question.lower()).strip()
+
+    asked = {words(fact.question) for fact in known_facts()}
     conversations = everyday_conversations()
     assert len(conversations) > 100
-    assert not [question for question, _ in conversations if question.lower() in asked]
-    assert not [question for question in everyday_questions() if question.lower() in asked]
+    assert not [question for question, _ in conversations if words(question) in asked]
+    assert not [question for question in everyday_questions() if words(question) in asked]
 
 
 def test_everyday_questions_are_many_and_complete():
     questions = everyday_questions()
-    assert len(questions) > 500 and len(set(questions)) == len(questions)
+    assert len(questions) > 1500 and len(set(questions)) == len(questions)
     assert not [question for question in questions if "{" in question or " = " in question]
     assert "Is Cuba larger than Nigeria?" in questions, "two places of one kind get two words"
 

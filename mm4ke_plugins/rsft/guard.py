@@ -17,7 +17,7 @@ same outputs, by projecting them off the inputs' principal directions.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib.resources import files
 
 import torch
@@ -30,6 +30,7 @@ from .prefix import stop_forward
 
 # How many tokens of the guard take part in one update, and which share of them is spelled like those that learn.
 ROWS, ALIKE = 512, 0.75
+BATCH = 32  # texts that are read together
 # How often each everyday question is asked, with other words each time.
 ROUNDS = 8
 # With how many other facts' subjects the guard asks each fact's question, and how many such questions there are at most.
@@ -122,13 +123,16 @@ class Guard:
         _, layers = decoder_layers(model)
         above = [next(layer for layer in layers if ffn in layer.children()) for ffn in self.ffns]
         shared = _common_length(texts)
-        found: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.ffns]
-        tokens: list[int] = []  # of the rows below
-        for number, ids in enumerate(texts):
-            first = 0 if number == 0 else shared
-            tokens += ids[first:]
-            for place, (inputs, behind) in enumerate(_pass(model, self.ffns, above, ids)):
-                found[place].append((inputs[first:], behind[first:]))
+        found: list[list] = [[None] * len(texts) for _ in self.ffns]
+        firsts = [shared if number else 0 for number in range(len(texts))]
+        for batch in _equally_long(texts):
+            passed = _pass(model, self.ffns, above, [texts[number] for number in batch])
+            for place, (inputs, behind) in enumerate(passed):
+                for row, number in enumerate(batch):
+                    found[place][number] = inputs[row, firsts[number] :], behind[row, firsts[number] :]
+        tokens = [
+            token for ids, first in zip(texts, firsts, strict=True) for token in ids[first:]
+        ]  # of the rows below
         self.inputs, self.targets, self.scales = [], [], []
         for ffn, parts in zip(self.ffns, found, strict=True):
             inputs, behind = (torch.cat(tensors).float() for tensors in zip(*parts, strict=True))
@@ -161,15 +165,15 @@ class Guard:
 
 
 @torch.no_grad()
-def _pass(model, ffns, layers, ids: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each FFN its inputs, and the hidden states behind its layer, (tokens, hidden size)."""
+def _pass(model, ffns, layers, texts: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each FFN its inputs, and the hidden states behind its layer, (texts, tokens, hidden size)."""
     inputs, behind = {}, {}
 
     def enter_ffn(ffn, args):
-        inputs[ffn] = args[0][0].detach()
+        inputs[ffn] = args[0].detach()
 
     def leave_layer(layer, args, output):
-        behind[layer] = (output[0] if isinstance(output, tuple) else output)[0].detach()
+        behind[layer] = (output[0] if isinstance(output, tuple) else output).detach()
 
     hooks = [ffn.register_forward_pre_hook(enter_ffn) for ffn in ffns]
     hooks += [layer.register_forward_hook(leave_layer) for layer in layers]
@@ -178,11 +182,20 @@ def _pass(model, ffns, layers, ids: Sequence[int]) -> list[tuple[torch.Tensor, t
         mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
         autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=mixed)
         with stop_forward(layers[-1]), autocast:
-            model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
+            model(input_ids=torch.tensor(texts, device=model.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     return [(inputs[ffn], behind[layer]) for ffn, layer in zip(ffns, layers, strict=True)]
+
+
+def _equally_long(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """The numbers of the texts, at most BATCH together, all of one length, so that nothing has to be padded."""
+    by_length: dict[int, list[int]] = {}
+    for number, ids in enumerate(texts):
+        by_length.setdefault(len(ids), []).append(number)
+    for numbers in by_length.values():
+        yield from (numbers[start : start + BATCH] for start in range(0, len(numbers), BATCH))
 
 
 def _common_length(texts: Sequence[Sequence[int]]) -> int:
