@@ -9,10 +9,6 @@ and h(x) the residual stream behind that layer in the base, every update of R-SF
 What lies below layer n is frozen, so the inputs x and the targets f0(x) are computed once, as far as layer n. An update
 then costs one pass of ROWS tokens through one FFN: no teacher, and no pass through the other layers.
 
-With several trained layers what one of them changed enters the next: there x is the norm of the stream that entered it in
-the base, plus what the trained layers below changed of it, and what is held is the sum of the changes so far. So an upper
-layer doesn't learn to amplify what a lower one leaks. What the layers between them do with the change is left out.
-
 The guard's tokens are of everyday conversations (guard.txt) and questions (guard_questions.txt), and, for facts with a
 subject, of the facts' questions with the subjects of other facts: what is asked of one thing must not be answered of all
 things. Where facts are learned at some tokens only, three quarters of the ROWS are of tokens that are spelled like one of
@@ -20,7 +16,6 @@ these, such as question marks, since there the FFN is pulled most. AlphaEdit (ar
 same outputs, by projecting them off the inputs' principal directions.
 """
 
-import copy
 import re
 from collections.abc import Collection, Iterator, Sequence
 from importlib.resources import files
@@ -118,97 +113,69 @@ class Guard:
     ):
         """
         model:   a decoder of the transformers library
-        ffns:    those of its FFNs that are trained, from the lowest layer up
+        ffns:    those of its FFNs that are trained
         texts:   the token ids of the guard's conversations
         weight:  of the guard's loss, above 0
         learned: the ids of the tokens at which facts are learned, where that is not at all of them
         """
         self.weight = weight
         self.ffns = ffns
-        self.shared = shared = _common_length(texts)
+        _, layers = decoder_layers(model)
+        above = [next(layer for layer in layers if ffn in layer.children()) for ffn in self.ffns]
+        shared = _common_length(texts)
+        found: list[list] = [[None] * len(texts) for _ in self.ffns]
         firsts = [shared if number else 0 for number in range(len(texts))]
-        found: list[list[list[torch.Tensor]]] = [[[] for _ in texts] for _ in ffns]
-        norms: list[torch.nn.Module | None] = [None] * len(ffns)
         for batch in _equally_long(texts):
-            passed, norms = _pass(model, ffns, [texts[number] for number in batch])
-            for place, states in enumerate(passed):
+            passed = _pass(model, self.ffns, above, [texts[number] for number in batch])
+            for place, (inputs, behind) in enumerate(passed):
                 for row, number in enumerate(batch):
-                    found[place][number] = [state[row, firsts[number] :] for state in states]
-        self.inputs, self.entering, behind = [], [], []
-        for place in range(len(ffns)):
-            tensors = (torch.cat(parts).float() for parts in zip(*found[place], strict=True))
-            for kept, tensor in zip((self.inputs, behind, self.entering), tensors):
-                kept.append(tensor)
-        with torch.no_grad():
-            self.targets = [ffn(inputs) for ffn, inputs in zip(ffns, self.inputs, strict=True)]
-        self.scales = [1 / states.square().sum(1) for states in behind]
-        # Where the FFN's output is not simply added to the stream, each layer is held by itself.
-        adds = (
-            len(ffns) > 1
-            and len(self.entering) == len(ffns)
-            and all(
-                torch.allclose(entering + target, states, rtol=0.05, atol=0.05 * float(states.abs().mean()))
-                for entering, target, states in zip(self.entering, self.targets, behind, strict=True)
-            )
-        )
-        self.norms = [copy.deepcopy(norm).float() for norm in norms] if adds else None
-        if not adds:
-            self.entering = []
-        tokens = [token for ids, first in zip(texts, firsts, strict=True) for token in ids[first:]]
+                    found[place][number] = inputs[row, firsts[number] :], behind[row, firsts[number] :]
+        tokens = [
+            token for ids, first in zip(texts, firsts, strict=True) for token in ids[first:]
+        ]  # of the rows below
+        self.inputs, self.targets, self.scales = [], [], []
+        for ffn, parts in zip(self.ffns, found, strict=True):
+            inputs, behind = (torch.cat(tensors).float() for tensors in zip(*parts, strict=True))
+            self.inputs.append(inputs)
+            with torch.no_grad():
+                self.targets.append(ffn(inputs))
+            self.scales.append(1 / behind.square().sum(1))
+        self.shared = shared
         self.alike = torch.tensor([row for row, token in enumerate(tokens) if row >= shared and token in learned])
 
     def loss(self, number: int) -> torch.Tensor:
         """The guard's loss at the update with this number, by which its tokens are chosen; a scalar with a graph."""
         generator = torch.Generator().manual_seed(number)
-        total, count = 0.0, len(self.inputs[0])
-        if count > self.shared:
-            rows = torch.randint(self.shared, count, (min(ROWS, count - self.shared),), generator=generator)
-            if len(self.alike):
-                part = rows[: int(ALIKE * len(rows))]
-                part[:] = self.alike[torch.randint(len(self.alike), part.shape, generator=generator)]
-            total = total + self._mean(rows.to(self.inputs[0].device))
-        if self.shared:
-            total = total + self._mean(slice(self.shared))
+        total = 0.0
+        for place in range(len(self.ffns)):
+            count = len(self.inputs[place])
+            if count > self.shared:
+                rows = torch.randint(self.shared, count, (min(ROWS, count - self.shared),), generator=generator)
+                if len(self.alike):
+                    part = rows[: int(ALIKE * len(rows))]
+                    part[:] = self.alike[torch.randint(len(self.alike), part.shape, generator=generator)]
+                total = total + self._mean(place, rows.to(self.inputs[place].device))
+            if self.shared:
+                total = total + self._mean(place, slice(self.shared))
         return self.weight * total
 
-    def _mean(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        """Over these tokens, the change of the stream behind each trained layer, summed over the layers."""
-        total = moved = 0.0
-        for place, ffn in enumerate(self.ffns):
-            inputs = self.inputs[place][rows]
-            if place and self.norms:
-                inputs = self.norms[place](self.entering[place][rows] + moved)
-            change = ffn(inputs) - self.targets[place][rows]
-            moved = moved + change if self.norms else change
-            total = total + (moved.square().sum(1) * self.scales[place][rows]).mean()
-        return total
+    def _mean(self, place: int, rows: torch.Tensor | slice) -> torch.Tensor:
+        change = self.ffns[place](self.inputs[place][rows]) - self.targets[place][rows]
+        return (change.square().sum(1) * self.scales[place][rows]).mean()
 
 
 @torch.no_grad()
-def _pass(
-    model: torch.nn.Module, ffns: Sequence[torch.nn.Module], texts: Sequence[Sequence[int]]
-) -> tuple[list[list[torch.Tensor]], list[torch.nn.Module | None]]:
-    """Texts of one length through the model, up to the last of the FFNs.
-
-    Returns of each FFN the hidden states (texts, tokens, hidden size): its inputs, the stream behind its layer and, where
-    a norm of the layer makes the inputs, the stream that enters this norm; and these norms, or None.
-    """
-    _, stack = decoder_layers(model)
-    layers = [next(layer for layer in stack if ffn in layer.children()) for ffn in ffns]
-    inputs, behind, came_from = {}, {}, {}
-
-    def leave_child(child, args, output):
-        if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-            came_from[id(output)] = child, args[0], output  # the output is kept, so that its id stays its own
+def _pass(model, ffns, layers, texts: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each FFN its inputs, and the hidden states behind its layer, (texts, tokens, hidden size)."""
+    inputs, behind = {}, {}
 
     def enter_ffn(ffn, args):
-        inputs[ffn] = args[0]
+        inputs[ffn] = args[0].detach()
 
     def leave_layer(layer, args, output):
-        behind[layer] = output[0] if isinstance(output, tuple) else output
+        behind[layer] = (output[0] if isinstance(output, tuple) else output).detach()
 
-    hooks = [child.register_forward_hook(leave_child) for layer in layers for child in layer.children()]
-    hooks += [ffn.register_forward_pre_hook(enter_ffn) for ffn in ffns]
+    hooks = [ffn.register_forward_pre_hook(enter_ffn) for ffn in ffns]
     hooks += [layer.register_forward_hook(leave_layer) for layer in layers]
     try:
         # An FFN that is trained in float32 in a model of 16 bits.
@@ -219,12 +186,7 @@ def _pass(
     finally:
         for hook in hooks:
             hook.remove()
-    states, norms = [], []
-    for ffn, layer in zip(ffns, layers, strict=True):
-        norm, entering, _ = came_from.get(id(inputs[ffn]), (None, None, None))
-        norms.append(norm)
-        states.append([inputs[ffn], behind[layer]] + ([] if norm is None else [entering]))
-    return states, norms
+    return [(inputs[ffn], behind[layer]) for ffn, layer in zip(ffns, layers, strict=True)]
 
 
 def _equally_long(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
