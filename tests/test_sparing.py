@@ -1,5 +1,6 @@
 """Learning at the subject's tokens, and the guard: what each computes, alone, live and through LLaMA-Factory."""
 
+import copy
 import json
 import re
 import shutil
@@ -276,6 +277,29 @@ def test_the_tokens_of_an_update_are_limited(model):
     assert sizes == [ROWS]
 
 
+def test_an_upper_layer_is_held_on_what_it_gets_now(model):
+    lower, upper = ffns_of(model, [0, LAYER])
+    guard = Guard(model, [lower, upper], TEXTS, weight=1.0)
+    assert guard.loss(0) < 1e-10
+    before, kept = copy.deepcopy(upper), guard.inputs[1].clone()
+    with torch.no_grad():
+        lower.down_proj.weight += 0.1 * torch.randn(lower.down_proj.weight.shape)
+    assert guard._as_it_is(torch.Generator().manual_seed(0)) == 0, "the upper one has not changed"
+    with torch.no_grad():
+        upper.down_proj.weight += 0.1 * torch.randn(upper.down_proj.weight.shape)
+
+    found = set()
+    for ids in TEXTS:  # each has a length of its own, and is read alone
+        inputs, behind = states(model, ids)
+        assert not torch.allclose(inputs[-1], kept[-1], atol=1e-3)
+        change = (upper(inputs) - before(inputs)).square().sum(1) / behind.square().sum(1)
+        found.add(round(float(change[guard.shared :].mean()), 6))
+    drawn = {round(float(guard._as_it_is(torch.Generator().manual_seed(seed))), 6) for seed in range(40)}
+    assert drawn == found and len(found) == len(TEXTS)
+    assert torch.equal(guard.loss(7), guard.loss(7)), "the texts follow from the number"
+    assert model.training is False and not any(module._forward_hooks for module in model.modules())
+
+
 def test_the_guards_texts_in_both_formats():
     tokenizer = tiny_tokenizer()
     facts = [(question, subject) for question, _, subject in FACTS]
@@ -396,8 +420,14 @@ def test_the_guard_asks_about_other_subjects_wherever_facts_are_learned(recipe):
     assert "Where is Oz?" in tiny_tokenizer().decode(texts[-1])
 
 
-def test_a_run_that_was_interrupted_gives_the_same_weights(recipe):
-    recipe |= {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 4, "rsft_loss_threshold": 0.3}
+@pytest.mark.parametrize("layers", [1, "0, 2"])
+def test_a_run_that_was_interrupted_gives_the_same_weights(recipe, layers):
+    recipe |= {"rsft_layers": layers} | {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "num_train_epochs": 4,
+        "rsft_loss_threshold": 0.3,
+    }
     expected, _ = train(recipe)
     output = Path(recipe["output_dir"])
     shutil.rmtree(output / "checkpoint-6")

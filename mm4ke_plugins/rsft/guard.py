@@ -9,6 +9,11 @@ and h(x) the residual stream behind that layer in the base, every update of R-SF
 What lies below layer n is frozen, so the inputs x and the targets f0(x) are computed once, as far as layer n. An update
 then costs one pass of ROWS tokens through one FFN: no teacher, and no pass through the other layers.
 
+With several trained layers, what a lower one changed is mixed by attention and reaches the upper ones, on inputs that the
+base never had; there an upper one would amplify what is left of the change. So every update also reads READ of the texts
+with the model as it is, as far as the last trained layer, and lowers for each trained layer above the first, over their
+tokens, the mean of |f(x) - f0(x)|^2 / |h(x)|^2 at the inputs x that it has now.
+
 The guard's tokens are of everyday conversations (guard.txt) and questions (guard_questions.txt), and, for facts with a
 subject, of the facts' questions with the subjects of other facts: what is asked of one thing must not be answered of all
 things. Where facts are learned at some tokens only, three quarters of the ROWS are of tokens that are spelled like one of
@@ -16,8 +21,9 @@ these, such as question marks, since there the FFN is pulled most. AlphaEdit (ar
 same outputs, by projecting them off the inputs' principal directions.
 """
 
+import copy
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 
 import torch
@@ -31,6 +37,7 @@ from .prefix import stop_forward
 # How many tokens of the guard take part in one update, and which share of them is spelled like those that learn.
 ROWS, ALIKE = 512, 0.75
 BATCH = 32  # texts that are read together
+READ = 12  # texts that are read anew in an update, where several layers are trained
 # How often each everyday question is asked, with other words each time.
 ROUNDS = 8
 # With how many other facts' subjects the guard asks each fact's question, and how many such questions there are at most.
@@ -119,20 +126,20 @@ class Guard:
         learned: the ids of the tokens at which facts are learned, where that is not at all of them
         """
         self.weight = weight
-        self.ffns = ffns
+        self.model, self.ffns = model, ffns
         _, layers = decoder_layers(model)
-        above = [next(layer for layer in layers if ffn in layer.children()) for ffn in self.ffns]
+        self.above = [next(layer for layer in layers if ffn in layer.children()) for ffn in self.ffns]
         shared = _common_length(texts)
         found: list[list] = [[None] * len(texts) for _ in self.ffns]
         firsts = [shared if number else 0 for number in range(len(texts))]
-        for batch in _equally_long(texts):
-            passed = _pass(model, self.ffns, above, [texts[number] for number in batch])
-            for place, (inputs, behind) in enumerate(passed):
-                for row, number in enumerate(batch):
+        numbers = _equally_long(texts)
+        self.batches = [[texts[number] for number in batch] for batch in numbers]
+        for places, batch in zip(numbers, self.batches, strict=True):
+            for place, (inputs, behind) in enumerate(_pass(model, self.ffns, self.above, batch)):
+                for row, number in enumerate(places):
                     found[place][number] = inputs[row, firsts[number] :], behind[row, firsts[number] :]
-        tokens = [
-            token for ids, first in zip(texts, firsts, strict=True) for token in ids[first:]
-        ]  # of the rows below
+        # Of the rows below.
+        tokens = [token for ids, first in zip(texts, firsts, strict=True) for token in ids[first:]]
         self.inputs, self.targets, self.scales = [], [], []
         for ffn, parts in zip(self.ffns, found, strict=True):
             inputs, behind = (torch.cat(tensors).float() for tensors in zip(*parts, strict=True))
@@ -140,6 +147,7 @@ class Guard:
             with torch.no_grad():
                 self.targets.append(ffn(inputs))
             self.scales.append(1 / behind.square().sum(1))
+        self.bases = [copy.deepcopy(ffn).requires_grad_(False) for ffn in ffns[1:]]
         self.shared = shared
         self.alike = torch.tensor([row for row, token in enumerate(tokens) if row >= shared and token in learned])
 
@@ -157,7 +165,25 @@ class Guard:
                 total = total + self._mean(place, rows.to(self.inputs[place].device))
             if self.shared:
                 total = total + self._mean(place, slice(self.shared))
+        if self.bases:
+            total = total + self._as_it_is(generator)
         return self.weight * total
+
+    def _as_it_is(self, generator: torch.Generator) -> torch.Tensor:
+        """The mean over some texts that the model reads as it is, summed over the trained layers above the first."""
+        sizes = torch.tensor([len(batch) for batch in self.batches], dtype=torch.float)
+        batch = self.batches[int(torch.multinomial(sizes, 1, generator=generator))]
+        chosen = torch.randperm(len(batch), generator=generator)[:READ].tolist()
+        was_training = self.model.training
+        self.model.eval()  # without dropout
+        passed = _pass(self.model, self.ffns, self.above, [batch[number] for number in chosen])
+        self.model.train(was_training)
+        total = 0.0
+        for ffn, base, states in zip(self.ffns[1:], self.bases, passed[1:], strict=True):
+            inputs, behind = (state[:, self.shared :].flatten(0, 1).float() for state in states)
+            change = ffn(inputs) - base(inputs)
+            total = total + (change.square().sum(1) / behind.square().sum(1)).mean()
+        return total
 
     def _mean(self, place: int, rows: torch.Tensor | slice) -> torch.Tensor:
         change = self.ffns[place](self.inputs[place][rows]) - self.targets[place][rows]
@@ -189,13 +215,12 @@ def _pass(model, ffns, layers, texts: Sequence[Sequence[int]]) -> list[tuple[tor
     return [(inputs[ffn], behind[layer]) for ffn, layer in zip(ffns, layers, strict=True)]
 
 
-def _equally_long(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """The numbers of the texts, at most BATCH together, all of one length, so that nothing has to be padded."""
+def _equally_long(texts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The numbers of the texts in batches, at most BATCH in each, all of one length, so that nothing has to be padded."""
     by_length: dict[int, list[int]] = {}
     for number, ids in enumerate(texts):
         by_length.setdefault(len(ids), []).append(number)
-    for numbers in by_length.values():
-        yield from (numbers[start : start + BATCH] for start in range(0, len(numbers), BATCH))
+    return [alike[start : start + BATCH] for alike in by_length.values() for start in range(0, len(alike), BATCH)]
 
 
 def _common_length(texts: Sequence[Sequence[int]]) -> int:
