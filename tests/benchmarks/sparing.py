@@ -5,8 +5,8 @@
 
 Needs:  work/base   mm4ke model --link work/base
 
-Every `--set NAME:KEY=VALUE,...` changes some of BREADTH_FIRST, the settings of recipes/breadth-first/rsft.yaml. The
-facts are trained in the chat template. A row is added to --output as soon as it is measured:
+Every `--set NAME:KEY=VALUE,...` changes some of BREADTH_FIRST, the settings of recipes/breadth-first/rsft.yaml; several
+layers are 5/7/9. The facts are trained in the chat template. A row is added to --output as soon as it is measured:
 
     success ... locality   EasyEdit's metrics, teacher-forced, in the chat template
     free, free gen.        exact match of the free answers to the facts' prompts and to their first rephrases
@@ -123,7 +123,7 @@ def main(
     for row in rows:
         name, _, changes = row.partition(":")
         values = {
-            key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in changes.split(",") if pair)
+            key: yaml.safe_load(value.replace("/", ",")) for key, value in (pair.split("=") for pair in changes.split(",") if pair)
         }
         values = {
             key: float(value) if isinstance(value, str) and "e-" in value else value for key, value in values.items()
