@@ -123,7 +123,8 @@ def main(
     for row in rows:
         name, _, changes = row.partition(":")
         values = {
-            key: yaml.safe_load(value.replace("/", ",")) for key, value in (pair.split("=") for pair in changes.split(",") if pair)
+            key: yaml.safe_load(value.replace("/", ","))
+            for key, value in (pair.split("=") for pair in changes.split(",") if pair)
         }
         values = {
             key: float(value) if isinstance(value, str) and "e-" in value else value for key, value in values.items()
