@@ -8,11 +8,9 @@ goes on, and a recipe that was changed is run again. Whether a training may go o
 says, with our hook.
 """
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .errors import MM4KEError, first_line
-from .hosts import LLAMAFACTORY, MERGEKIT
+from .hosts import LLAMAFACTORY, MERGEKIT, environment
 from .hosts.llamafactory.templates import require_template
 from .knowedit.dataset import consistent_records, dataset_text
 from .knowedit.records import read_records
@@ -315,8 +313,6 @@ def _run(step: Step, show: Callable[[str], None]) -> None:
         show(f"done before: {line}")
         return
     show(f"\n$ {line}")
-    # The hosts that are installed with us go before others.
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    status = subprocess.run(step.command, env=os.environ | {"PATH": places}, check=False).returncode
+    status = subprocess.run(step.command, env=environment(), check=False).returncode
     if status:
         raise CommandFailed(step.command, status)

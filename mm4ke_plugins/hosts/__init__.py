@@ -5,11 +5,15 @@ has executed it. Adapters import the maths; the maths never imports them, nor do
 """
 
 import os
+import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
+from .. import __version__
 from ..errors import MM4KEError
 
 
@@ -112,3 +116,20 @@ LM_EVAL = Host(
     seams=("lm_eval.models", "lm_eval.tasks._index"),
 )
 HOSTS = (LLAMAFACTORY, MERGEKIT, EASYEDIT, LM_EVAL)
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Our version, and those of these packages; "none" for one that is not installed."""
+    found = {"mm4ke_plugins": __version__}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def environment() -> dict[str, str]:
+    """The environment for a host's command: the hosts that are installed with us go before others."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return os.environ | {"PATH": places}

@@ -42,7 +42,10 @@ class Scorer:
             if question.metric in FREE_METRICS:
                 firsts.setdefault((question.record, question.metric), place)
         self.asked_freely = sorted(firsts.values())
-        self.by_base = {name: self._predict(base, name, self.questions, advance) for name in self.formats}
+        self.by_base = {}
+        for name in self.formats:
+            codes = [encode(tokenizer, question, name) for question in self.questions]
+            self.by_base[name] = predict(base, codes, advance=advance)
         self.known = KnownFacts(base, tokenizer, advance)
 
     @staticmethod
@@ -96,7 +99,3 @@ class Scorer:
             "length": kept and kept.length,
             "perplexity": perplexity(model, self.tokenizer, neutral_text()),
         }
-
-    def _predict(self, model, name: str, questions: list[Question], advance) -> list[list[int]]:
-        codes = [encode(self.tokenizer, question, name) for question in questions]
-        return predict(model, codes, advance=advance)

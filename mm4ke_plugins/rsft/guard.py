@@ -134,6 +134,7 @@ class Guard:
         firsts = [shared if number else 0 for number in range(len(texts))]
         numbers = _equally_long(texts)
         self.batches = [[texts[number] for number in batch] for batch in numbers]
+        self.sizes = torch.tensor([len(batch) for batch in self.batches], dtype=torch.float)
         for places, batch in zip(numbers, self.batches, strict=True):
             for place, (inputs, behind) in enumerate(_pass(model, self.ffns, self.above, batch)):
                 for row, number in enumerate(places):
@@ -171,8 +172,7 @@ class Guard:
 
     def _as_it_is(self, generator: torch.Generator) -> torch.Tensor:
         """The mean over some texts that the model reads as it is, summed over the trained layers above the first."""
-        sizes = torch.tensor([len(batch) for batch in self.batches], dtype=torch.float)
-        batch = self.batches[int(torch.multinomial(sizes, 1, generator=generator))]
+        batch = self.batches[int(torch.multinomial(self.sizes, 1, generator=generator))]
         chosen = torch.randperm(len(batch), generator=generator)[:READ].tolist()
         was_training = self.model.training
         self.model.eval()  # without dropout

@@ -18,6 +18,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from .. import __version__
+from ..hosts import package_versions
 from ..knowedit.records import Record
 from ..report import figures
 from ..report.markdown import markdown_table
@@ -26,8 +27,8 @@ from ..report.verdict import interval, signed
 from ..storage.atomic import replace_text
 from .plan import BASE, Study
 from .run import Row
-from .steps import versions
-from .table import Line, Measure, differences, fronts_of, lines_of, measures, raw_measures
+from .steps import PACKAGES
+from .table import Line, Measure, differences, fronts_of, is_ahead, lines_of, measures, raw_measures
 
 PANEL = 2.3  # inches
 
@@ -42,7 +43,7 @@ def write_page(study: Study, rows: list[Row], records: dict[str, list[Record]], 
         "study": study,
         "machine": machine(),
         "date": date.today().isoformat(),
-        "versions": versions(),
+        "versions": package_versions(PACKAGES),
         "version": __version__,
         "form": form,
         "sections": sections,
@@ -146,15 +147,16 @@ def _behind(lines: list[Line], columns: list[Measure], against: str | None) -> l
         return []
     sentences = []
     for pair in combinations(titles, 2):
-        point = [own.means[key] for key in pair]
+        point = tuple(own.means[key] for key in pair)
+        if None in point:
+            continue
         ahead = [
             line.method
             for line in lines
             if line.method != BASE
             and not line.error
             and all(line.means[key] is not None for key in pair)
-            and all(line.means[key] >= value for key, value in zip(pair, point))
-            and [line.means[key] for key in pair] != point
+            and is_ahead(tuple(line.means[key] for key in pair), point)
         ]
         if ahead:
             sentences.append(f"{titles[pair[0]]} and {titles[pair[1]]}: behind {', '.join(ahead)}")
@@ -176,9 +178,7 @@ def front_figure(name: str, lines: Sequence[Line], columns: Sequence[Measure]) -
                 if all(line.means[column.key] is not None for column in pair)
             }
             front = sorted(
-                point
-                for point in points.values()
-                if not any(o[0] >= point[0] and o[1] >= point[1] and o != point for o in points.values())
+                point for point in points.values() if not any(is_ahead(other, point) for other in points.values())
             )
             axes.plot(*zip(*front), color=figures.PALETTE[0], linewidth=1, zorder=1) if front else None
             for number, point in points.items():

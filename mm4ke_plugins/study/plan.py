@@ -81,12 +81,8 @@ def read_study(path: Path) -> Study:
     Raises MM4KEError, which names the file and the key: unreadable, an unknown or a missing key, a value of another
     kind, a file that is missing, two rows of one name.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise MM4KEError(f"{path}: can't be read as YAML ({first_line(error)})") from None
     where = str(path)
-    content = _mapping(content, where, KEYS)
+    content = _mapping(_read_yaml(path), where, KEYS)
     for key in ("model", "template", "facts", "methods"):
         if key not in content:
             raise MM4KEError(f"{where}: {key} is missing; see recipes/study.md")
@@ -111,6 +107,21 @@ def read_study(path: Path) -> Study:
     text = _file(content["text"], f"{where}: text") if content.get("text") else None
     template, hparams = str(content["template"]), content.get("hparams")
     return Study(path, model, template, facts, methods, seeds, against, hparams, text)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe of a host. Raises MM4KEError: it is none."""
+    content = _read_yaml(path)
+    if not isinstance(content, dict):
+        raise MM4KEError(f"{path}: has no keys with values; give a recipe")
+    return content
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise MM4KEError(f"{path}: can't be read as YAML ({first_line(error)})") from None
 
 
 def _facts(name: str, entry: Any, where: str) -> Facts:

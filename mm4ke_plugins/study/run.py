@@ -1,6 +1,5 @@
 """All rows of a study, one after the other, on the hosts' own commands."""
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,10 +19,10 @@ from ..hosts.llamafactory.templates import require_template
 from ..knowedit.dataset import read_facts
 from ..knowedit.records import Record
 from ..knowedit.scorer import Scorer
-from ..storage.atomic import locked_folder, refused_in_one_line, replace_text, scratch_folder
+from ..storage.atomic import locked_folder, refused_in_one_line, scratch_folder
 from ..storage.models import load_model, load_tokenizer, require_model_folder
-from .plan import Facts, Method, Study
-from .steps import Step, StepFailed, Steps, digest, read_yaml, remove_model
+from .plan import Facts, Method, Study, read_recipe
+from .steps import Step, StepFailed, Steps, digest, remove_model
 
 HPARAMS = Path("recipes/easyedit")
 
@@ -151,15 +150,12 @@ class _Runner:
         finally:
             self.progress.remove_task(task)
         costs = [step.done() for step in made]
-        found = {
-            "commands": [line for cost in costs for line in cost["commands"]],
-            "seconds": sum(cost["seconds"] for cost in costs) if costs else None,
-            "peak": max(cost["peak"] for cost in costs) if costs else None,
-            "error": None,
-            "scores": scores,
-        }
-        replace_text(scored.folder / "done.json", json.dumps(found, ensure_ascii=False) + "\n")
-        return found
+        return scored.finish(
+            [line for cost in costs for line in cost["commands"]],
+            sum(cost["seconds"] for cost in costs) if costs else None,
+            max(cost["peak"] for cost in costs) if costs else None,
+            scores=scores,
+        )
 
     def _easyedit(self, scored: Step, facts: Facts, method: Method) -> dict[str, Any]:
         """EasyEdit's methods are scored in the process that made the edit: some live in a wrapper around the model."""
@@ -190,19 +186,12 @@ class _Runner:
             self.progress.remove_task(task)
         command = f"mm4ke easyedit --methods {method.easyedit} --data {facts.file}"
         command += f" --hparams-name {self.study.hparams}" + (f" --n {facts.limit}" if facts.limit else "")
-        found = {
-            "commands": [command],
-            "seconds": answer["seconds"] if answer["seconds"] is not None else time.perf_counter() - begin,
-            "peak": answer.get("peak"),
-            "error": answer["error"],
-            "scores": answer.get("scores"),
-        }
-        replace_text(scored.folder / "done.json", json.dumps(found, ensure_ascii=False) + "\n")
-        return found
+        seconds = answer["seconds"] if answer["seconds"] is not None else time.perf_counter() - begin
+        return scored.finish([command], seconds, answer.get("peak"), answer["error"], scores=answer.get("scores"))
 
     def _inputs(self, method: Method, seed: int) -> dict[str, Any]:
         """What makes a method's model another one; its name is not part of it."""
-        recipes = [read_yaml(path) for path in (method.train, method.merge) if path]
+        recipes = [read_recipe(path) for path in (method.train, method.merge) if path]
         if method.easyedit:
             return {
                 "easyedit": method.easyedit,

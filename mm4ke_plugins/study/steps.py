@@ -21,17 +21,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .. import __version__
 from ..errors import MM4KEError, first_line
+from ..hosts import environment, package_versions
+from ..hosts.easyedit.benchmark import last_error
 from ..storage.atomic import replace_text, scratch_folder
 from ..storage.models import local_path
-from .plan import Facts, Method, Study
+from .plan import Facts, Method, Study, read_recipe
 
 # A change of one of these may change what a step makes.
 PACKAGES = ("llamafactory", "mergekit", "torch", "transformers")
@@ -63,10 +63,10 @@ class Step:
             return None
 
     def finish(
-        self, commands: Sequence[Sequence[str]], seconds: float, peak: int, error: str | None = None, **more: Any
+        self, commands: Sequence[str], seconds: float | None, peak: int | None, error: str | None = None, **more: Any
     ) -> dict[str, Any]:
-        lines = [shlex.join(command) for command in commands]
-        found = {"commands": lines, "seconds": seconds, "peak": peak, "error": error} | more
+        """Note what was done, and return it as `done` does."""
+        found = {"commands": list(commands), "seconds": seconds, "peak": peak, "error": error} | more
         replace_text(self.folder / "done.json", json.dumps(found, ensure_ascii=False) + "\n")
         return found
 
@@ -79,7 +79,7 @@ class Steps:
 
     def __init__(self, study: Study, output: Path, retry: bool, show: Callable[[str], None]):
         self.study, self.output, self.retry, self.show = study, output, retry, show
-        self.common = {"model": fingerprint(study.model), "versions": versions()}
+        self.common = {"model": fingerprint(study.model), "versions": package_versions(PACKAGES)}
 
     def step(self, kind: str, inputs: Mapping[str, Any]) -> Step:
         """The step of this kind with these inputs; its folder is made."""
@@ -105,7 +105,7 @@ class Steps:
         if self._is_there(step):
             return step
         data = self.facts(facts)
-        is_lora = (read_yaml(method.train) | method.set).get("finetuning_type", "lora") == "lora"
+        is_lora = (read_recipe(method.train) | method.set).get("finetuning_type", "lora") == "lora"
         model, template = local_path(self.study.model), self.study.template
         trained = step.folder / "adapter" if is_lora else step.model
         changes = {
@@ -137,7 +137,7 @@ class Steps:
         step = self.merge_step(method, facts, seed)
         if self._is_there(step):
             return step
-        recipe = read_yaml(method.merge)
+        recipe = read_recipe(method.merge)
         trained = self.train(method, facts, seed)
         moved = with_models(recipe, local_path(self.study.model), local_path(trained.model), method.merge)
         replace_text(step.folder / "merge.yaml", yaml.safe_dump(moved, sort_keys=False))
@@ -170,7 +170,7 @@ class Steps:
         return self.step("train", self._training(method, facts, seed))
 
     def merge_step(self, method: Method, facts: Facts, seed: int) -> Step:
-        inputs = {"train": self._training(method, facts, seed), "recipe": read_yaml(method.merge), "seed": seed}
+        inputs = {"train": self._training(method, facts, seed), "recipe": read_recipe(method.merge), "seed": seed}
         return self.step("merge", inputs)
 
     def run_step(self, method: Method, facts: Facts, seed: int) -> Step:
@@ -185,7 +185,7 @@ class Steps:
     def _training(self, method: Method, facts: Facts, seed: int) -> dict[str, Any]:
         """What a training depends on."""
         return {
-            "recipe": read_yaml(method.train) | method.set,
+            "recipe": read_recipe(method.train) | method.set,
             "template": self.study.template,
             "facts": digest(facts.file),
             "limit": facts.limit,
@@ -205,30 +205,20 @@ class Steps:
         if done and not done["error"] and makes.exists():
             return
         seconds, peak = 0.0, 0
-        for command in commands:
-            self.show(f"$ {shlex.join(command)}   > {step.log}")
+        lines = [shlex.join(command) for command in commands]
+        for line, command in zip(lines, commands, strict=True):
+            self.show(f"$ {line}   > {step.log}")
             status, spent, most = run(command, step.log)
             seconds, peak = seconds + spent, max(peak, most)
             if status:
-                error = f"{name_of(command)} ended with status {status}: {last_line(step.log)}"
-                step.finish(commands, seconds, peak, error)
+                error = f"{name_of(command)} ended with status {status}: {last_error(step.log)}"
+                step.finish(lines, seconds, peak, error)
                 raise StepFailed(error)
         if not makes.exists():
             error = f"{name_of(commands[-1])} made no {makes.name}; see {step.log}"
-            step.finish(commands, seconds, peak, error)
+            step.finish(lines, seconds, peak, error)
             raise StepFailed(error)
-        step.finish(commands, seconds, peak)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe. Raises MM4KEError: it is none."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise MM4KEError(f"{path}: can't be read as YAML ({first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise MM4KEError(f"{path}: has no keys with values; give a recipe")
-    return content
+        step.finish(lines, seconds, peak)
 
 
 # A process of little memory between us and the command: a command begins with the peak of the one that started it. And
@@ -249,15 +239,11 @@ with open(sys.argv[1], "w") as file:
 
 def run(command: list[str], log: Path) -> tuple[int, float, int]:
     """Run a command with its output in `log`. Returns its exit status, its seconds, and its peak memory in bytes."""
-    # The hosts that are installed with us go before others.
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     begin = time.perf_counter()
     with scratch_folder() as scratch, log.open("w", encoding="utf-8") as file:
         result = scratch / "status.json"
         launcher = [sys.executable, "-IS", "-c", _LAUNCHER, str(result), *command]
-        process = subprocess.Popen(
-            launcher, stdout=file, stderr=file, env=os.environ | {"PATH": places}, start_new_session=True
-        )
+        process = subprocess.Popen(launcher, stdout=file, stderr=file, env=environment(), start_new_session=True)
         try:
             process.wait()
         finally:
@@ -272,13 +258,6 @@ def run(command: list[str], log: Path) -> tuple[int, float, int]:
 def name_of(command: list[str]) -> str:
     """The program of a command, without the variables that it is given."""
     return next(word for word in command if word != "env" and "=" not in word)
-
-
-def last_line(log: Path) -> str:
-    """What a failed command said last, shortened."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line or line.startswith("mm4ke: error: ")]
-    return ((named or lines or ["no word of why"])[-1])[:300]
 
 
 def with_models(recipe: Any, base: str, trained: str, path: Path) -> Any:
@@ -336,16 +315,6 @@ def fingerprint(model: Path) -> str:
         with path.open("rb") as file:
             total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    found = {"mm4ke_plugins": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    return found
 
 
 def _given(value: Any) -> str:

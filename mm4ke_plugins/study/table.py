@@ -78,7 +78,6 @@ class Line:
     spread: dict[str, tuple[float, float] | None]
     kl: float | None
     perplexity: float | None
-    length: float | None
     seconds: float | None
     peak: int | None
     commands: list[str]
@@ -108,7 +107,6 @@ def lines_of(rows: Sequence[Row], records: list[Record], columns: Sequence[Measu
                 spread={key: (min(found), max(found)) if len(found) > 1 else None for key, found in by_seed.items()},
                 kl=_mean([row.scores["known_kl"] for row in scored]),
                 perplexity=_mean([row.scores["perplexity"] for row in scored]),
-                length=_mean([row.scores["length"] for row in scored]),
                 seconds=_mean([row.cost["seconds"] for row in scored]),
                 peak=max((row.cost["peak"] for row in scored if row.cost["peak"]), default=None),
                 commands=first.cost["commands"],
@@ -143,6 +141,11 @@ def differences(
     return found
 
 
+def is_ahead(other: Sequence[float], point: Sequence[float]) -> bool:
+    """Whether `other` is at least as good in all, and better in one."""
+    return other != point and all(one >= two for one, two in zip(other, point, strict=True))
+
+
 def fronts_of(lines: Sequence[Line], keys: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """For each method the pairs of measures on whose Pareto front it is. The base has learned nothing and is left out.
 
@@ -156,7 +159,6 @@ def fronts_of(lines: Sequence[Line], keys: Sequence[str]) -> dict[str, list[tupl
             if line.method != BASE and all(line.means.get(key) is not None for key in pair)
         }
         for name, point in points.items():
-            beaten = any(other[0] >= point[0] and other[1] >= point[1] and other != point for other in points.values())
-            if not beaten:
+            if not any(is_ahead(other, point) for other in points.values()):
                 found[name].append(pair)
     return found

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ... import __version__
 from ...errors import MM4KEError, first_line
 from ...knowedit.dataset import read_facts
 from ...knowedit.metrics import METRICS, mean_scores, predict, question_scores, questions_of
@@ -34,6 +32,7 @@ from ...knowedit.records import Record, read_records
 from ...report.markdown import markdown_table
 from ...storage.atomic import locked_folder, refused_in_one_line, replace_text, scratch_folder
 from ...storage.models import load_model, load_tokenizer, require_model_folder
+from .. import package_versions
 from .worker import Job
 
 # What EasyEdit imports beyond the hosts of pyproject.toml; recipes/easyedit/requirements.txt has the versions.
@@ -188,15 +187,9 @@ def find_hparams(method: str, ours: Path, theirs: Path, name: str) -> Path:
 
 def versions(easyedit: Path) -> dict[str, str]:
     """The versions of what takes part. EasyEdit has none, so the commit of its clone, where git knows it."""
-    found = {"mm4ke_plugins": __version__}
-    for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
     describe = ["git", f"--git-dir={easyedit / '.git'}", "rev-parse", "HEAD"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    return found | {"easyedit": commit or "unknown commit"}
+    return package_versions(VERSIONS) | {"easyedit": commit or "unknown commit"}
 
 
 # ---- the runs ----
